@@ -12,13 +12,18 @@ __all__ = [
     "Params",
     "RunningSum",
     "add",
+    "difference",
     "exchanged",
     "l2_norm",
     "load",
+    "scaled",
     "snapshot",
+    "zeros_like",
 ]
 
 Params = Mapping[str, Tensor]
+
+_CHUNK = 1 << 16  # entries: 512 KB in float64, which stays in a processor's cache
 
 
 def exchanged(model: nn.Module) -> dict[str, Tensor]:
@@ -49,12 +54,12 @@ def load(model: nn.Module, params: Params) -> None:
 
     Args:
         model: the module to change.
-        params: exactly the names of `exchanged(model)`, with equal shapes.
+        params: of the names of `exchanged(model)`, with equal shapes; the others stay as they are.
     """
     live = exchanged(model)
-    assert live.keys() == params.keys(), "the gate and the wire check names before this"
-    if live:
-        torch._foreach_copy_(list(live.values()), [params[name] for name in live])
+    assert live.keys() >= params.keys(), "the gate and the wire check names before this"
+    if params:
+        torch._foreach_copy_([live[name] for name in params], list(params.values()))
 
 
 def add(params: Params, delta: Params) -> dict[str, Tensor]:
@@ -62,11 +67,29 @@ def add(params: Params, delta: Params) -> dict[str, Tensor]:
     return {name: t + delta[name].to(t.dtype) for name, t in params.items()}
 
 
+def difference(params: Params, other: Params) -> dict[str, Tensor]:
+    """`params - other`, by name, as new tensors."""
+    return {name: t - other[name] for name, t in params.items()}
+
+
+def scaled(params: Params, factor: float) -> dict[str, Tensor]:
+    """`factor * params`, by name, as new tensors of the same dtypes."""
+    return {name: (t * factor).to(t.dtype) for name, t in params.items()}
+
+
+def zeros_like(params: Params) -> dict[str, Tensor]:
+    """Zeros of the same names, shapes and dtypes."""
+    return {name: torch.zeros_like(t) for name, t in params.items()}
+
+
 def l2_norm(params: Params) -> float:
     """Euclidean norm over all tensors as one vector, in float64; NaN or inf if any entry is."""
+    wide = torch.empty(_CHUNK, dtype=torch.float64)
     total = 0.0
     for t in params.values():
-        total += float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2
+        for chunk in torch.split(t.reshape(-1), _CHUNK):
+            values = wide[: chunk.numel()].copy_(chunk)
+            total += float(values.dot(values))
     return math.sqrt(total)
 
 
@@ -83,15 +106,24 @@ class RunningSum:
     def __init__(self, like: Params) -> None:
         self._like = like
         self._sums = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in like.items()}
+        self._mean: dict[str, Tensor] = {}
         self.weight = 0.0
 
     def add(self, params: Params, weight: float) -> None:
         """Add `weight * params`."""
+        assert not self._mean, "mean() has ended the sum"
         for name, total in self._sums.items():
-            total.add_(params[name], alpha=weight)
+            # In chunks, because torch widens all that it is given to float64 before it adds.
+            for into, chunk in zip(torch.split(total.view(-1), _CHUNK), torch.split(params[name].reshape(-1), _CHUNK)):
+                into.add_(chunk, alpha=weight)
         self.weight += weight
 
     def mean(self) -> dict[str, Tensor]:
-        """The sum divided by the total weight; zeros if nothing was added."""
-        weight = self.weight or 1.0
-        return {name: (t / weight).to(self._like[name].dtype) for name, t in self._sums.items()}
+        """The sum divided by the total weight; zeros if nothing was added.
+
+        This ends the sum: its memory goes over to the mean, tensor by tensor.
+        """
+        for name in list(self._sums):
+            total = self._sums.pop(name)
+            self._mean[name] = total.div_(self.weight or 1.0).to(self._like[name].dtype)
+        return self._mean

@@ -24,6 +24,10 @@ class RoundRecord(_Record):
     """Clients whose update was used, in the order of the sum."""
     quarantined: dict[str, str] = Field(default_factory=dict)
     """Client -> why its update was not used."""
+    set_aside: list[str] = Field(default_factory=list)
+    """Clients that this round's quarantine was one too many for: they are asked no more in this run."""
+    late: list[str] = Field(default_factory=list)
+    """Clients that were asked, but not waited for."""
     num_examples: int = 0
     """Training examples behind the updates used."""
     train: dict[str, float] = Field(default_factory=dict)
@@ -42,6 +46,10 @@ class RoundRecord(_Record):
     """L2 norm of the change of the global model."""
     lr_factor: float = 1.0
     """Factor of the learning-rate schedule in this round."""
+    staleness: float = 0.0
+    """Mean over the updates used of the rounds since the model they are based on; 0 but for asynchronous strategies."""
+    virtual_seconds: float = 0.0
+    """Length of the round on the virtual clock of clients.duration; 0 without one."""
     seconds_train: float = 0.0
     """Wall-clock seconds from the first instruction to the last update aggregated."""
     seconds_evaluate: float = 0.0

@@ -6,6 +6,7 @@ RUN/data.json            how the data lies on the clients
 RUN/preparation.json     what is done to inputs before the model sees them
 RUN/rounds.jsonl         one typed record per round
 RUN/checkpoints/         the last two, each whole in one file
+RUN/clients/             what clients keep between rounds, where the strategy has them keep something
 RUN/model.safetensors    the final model's full state dict
 RUN/report.html
 """
@@ -15,18 +16,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors
 import safetensors.torch
-import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
@@ -34,6 +31,7 @@ from fedtrain.disk import atomic_write
 from fedtrain.errors import RunError, RunFolderError
 from fedtrain.params import Params
 from fedtrain.records import DataSummary, Manifest, RoundRecord
+from fedtrain.statefile import DamagedStateError, read_state, write_state
 
 __all__ = ["Checkpoint", "RunFolder"]
 
@@ -49,11 +47,13 @@ class Checkpoint:
         round_number: the last finished round; 0 before the first.
         params: the global exchanged tensors.
         state: the strategy's state.
+        server: what the server remembers besides: the gate's medians, losses, updates in flight.
     """
 
     round_number: int
     params: Params
     state: Mapping[str, Any]
+    server: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -71,6 +71,7 @@ class RunFolder:
         self.preparation = path / "preparation.json"
         self.rounds = path / "rounds.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.clients = path / "clients"
         self.model = path / "model.safetensors"
         self.report = path / "report.html"
 
@@ -124,6 +125,7 @@ class RunFolder:
         names = {entry.name for entry in self.path.iterdir()}
         names -= {name for name in names if name.startswith(".") and name.endswith(".tmp")}
         ours = {".lock", self.checkpoints.name, self.experiment.name, self.data.name, self.preparation.name}
+        ours.add(self.clients.name)
         return bool(names) and not {".lock"} <= names <= ours
 
     def write_manifest(self, manifest: Manifest) -> None:
@@ -189,13 +191,10 @@ class RunFolder:
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint and remove all but the one before it."""
-        tensors, numbers = _flatten({"params": checkpoint.params, "state": checkpoint.state})
-        metadata = {"round": str(checkpoint.round_number), "numbers": json.dumps(numbers)}
-        metadata["sha256"] = _digest(tensors, metadata)
         path = self.checkpoints / f"round-{checkpoint.round_number:07d}.safetensors"
         with _naming_disk_errors(path):
             self._sync_rounds()  # a checkpoint must not outlive the records of its rounds
-            atomic_write(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
+            write_state(path, vars(checkpoint))
         for old in self._checkpoint_paths()[_KEPT:]:
             old.unlink(missing_ok=True)
 
@@ -204,12 +203,17 @@ class RunFolder:
             with self.rounds.open("rb") as lines:
                 os.fsync(lines.fileno())
 
+    def oldest_checkpoint_round(self) -> int:
+        """The round that a resumed run might go back to at worst; 0 if there is no checkpoint."""
+        paths = self._checkpoint_paths()
+        return int(paths[-1].stem.removeprefix("round-")) if len(paths) == _KEPT else 0
+
     def latest_checkpoint(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Read the newest checkpoint that is whole; tell `warn` of each damaged one that was passed over."""
         for path in self._checkpoint_paths():
             try:
-                return _read_checkpoint(path)
-            except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+                return Checkpoint(**read_state(path))
+            except (DamagedStateError, TypeError, OSError) as error:
                 warn(f"checkpoint {path.name} is damaged ({error}); trying the one before it")
         return None
 
@@ -269,42 +273,3 @@ def _parse(path: Path, kind: type[Record], hint: str = "Choose another folder wi
         return kind.model_validate_json(path.read_bytes())
     except (ValidationError, OSError) as error:
         raise RunFolderError(f"{path} is missing, damaged or of another version of fedtrain", hint=hint) from error
-
-
-def _read_checkpoint(path: Path) -> Checkpoint:
-    content = path.read_bytes()
-    tensors = safetensors.torch.load(content)
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    metadata: dict[str, str] = header["__metadata__"]
-    expected = metadata.pop("sha256")
-    if _digest(tensors, metadata) != expected:
-        raise ValueError("its checksum does not match")
-    whole: dict[str, Any] = json.loads(metadata["numbers"])
-    for path_in_state, tensor in tensors.items():
-        *parents, name = json.loads(path_in_state)
-        functools.reduce(lambda level, key: level[key], parents, whole)[name] = tensor
-    return Checkpoint(int(metadata["round"]), whole["params"], whole["state"])
-
-
-def _flatten(level: Mapping[str, Any], parents: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split nested mappings into tensors, named by their path as JSON, and the rest in its nesting."""
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {}
-    for name, value in level.items():
-        if isinstance(value, Tensor):
-            # Cloned: a state may hold the very tensors of the parameters, which safetensors refuses.
-            tensors[json.dumps([*parents, name])] = value.detach().cpu().contiguous().clone()
-        elif isinstance(value, Mapping):
-            inner, rest[name] = _flatten(value, (*parents, name))
-            tensors |= inner
-        else:
-            rest[name] = value
-    return tensors, rest
-
-
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(sorted(metadata.items()))).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedtrain import flower
-from fedtrain.errors import RunError
+from fedtrain.errors import RunError, shorten
 from fedtrain.params import Params
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
 # The names that flwr's own strategies look for.
 _ARRAYS, _CONFIG, _METRICS = "arrays", "config", "metrics"
 _ROUND, _CLIENT, _EXAMPLES = "server-round", "client-id", "num-examples"
+_SHARED, _EXTRA, _WORK, _KEPT_ROUND = "shared", "extra", "work", "kept-round"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Instruction:
 
     round_number: int
     params: Params  # the global model's exchanged tensors
+    shared: Params = field(default_factory=dict)  # what the strategy sends beside: `Algorithm.share`
+    work: float = 1.0  # share of its local steps that the client has time for
+    kept_round: int = 0  # the server will not go back before this round
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Update:
     delta: Params  # client minus server
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)  # "loss": mean while training
+    extra: Params = field(default_factory=dict)  # what the strategy needs beside: `Algorithm.extra`
 
 
 @dataclass(frozen=True)
@@ -62,26 +67,40 @@ class Measurement:
 def instruction(message: Message) -> Instruction:
     """Read the server's message."""
     content = message.content
+    config = content.config_records[_CONFIG]
+    shared = content.array_records.get(_SHARED)
     return Instruction(
-        round_number=_integer(content.config_records[_CONFIG], _ROUND),
+        round_number=_integer(config, _ROUND),
         params=flower.tensors(content.array_records[_ARRAYS]),
+        shared=flower.tensors(shared) if shared is not None else {},
+        work=_fraction(config, _WORK) if _WORK in config else 1.0,  # flwr's own servers do not know these two
+        kept_round=_integer(config, _KEPT_ROUND) if _KEPT_ROUND in config else 0,
     )
 
 
-def instruction_content(arrays: ArrayRecord, round_number: int) -> RecordDict:
+def instruction_content(
+    arrays: ArrayRecord, round_number: int, shared: ArrayRecord | None = None, work: float = 1.0, kept_round: int = 0
+) -> RecordDict:
     """Write an instruction; each message gets a RecordDict of its own around the shared arrays."""
-    return RecordDict({_ARRAYS: arrays, _CONFIG: ConfigRecord({_ROUND: round_number})})
+    config = ConfigRecord({_ROUND: round_number, _WORK: work, _KEPT_ROUND: kept_round})
+    content = RecordDict({_ARRAYS: arrays, _CONFIG: config})
+    if shared:
+        content[_SHARED] = shared
+    return content
 
 
 def update_content(value: Update) -> RecordDict:
     """Write a client's update."""
-    return RecordDict(
+    content = RecordDict(
         {
             _ARRAYS: flower.array_record(value.delta),
             _METRICS: MetricRecord({_EXAMPLES: value.num_examples, **value.metrics}),
             _CONFIG: ConfigRecord({_CLIENT: value.client_id, _ROUND: value.round_number}),
         }
     )
+    if value.extra:
+        content[_EXTRA] = flower.array_record(value.extra)
+    return content
 
 
 def update(content: RecordDict) -> Update:
@@ -93,12 +112,18 @@ def update(content: RecordDict) -> Update:
     config, metrics = _config(content), _metrics(content)
     if _ARRAYS not in content.array_records:
         raise RunError("the update carries no arrays", got=sorted(content))
+    try:
+        delta = flower.tensors(content.array_records[_ARRAYS])
+        extra = flower.tensors(content.array_records[_EXTRA]) if _EXTRA in content.array_records else {}
+    except Exception as error:  # of many kinds: whatever the bytes drive NumPy's reader to
+        raise RunError("the update's arrays cannot be read", got=error) from error
     return Update(
         client_id=_text(config, _CLIENT),
         round_number=_integer(config, _ROUND),
-        delta=flower.tensors(content.array_records[_ARRAYS]),
+        delta=delta,
         num_examples=_integer(metrics, _EXAMPLES),
         metrics=_numbers(metrics),
+        extra=extra,
     )
 
 
@@ -179,6 +204,13 @@ def _integer(record: ConfigRecord | MetricRecord, key: str) -> int:
     return value
 
 
+def _fraction(record: ConfigRecord, key: str) -> float:
+    value = record.get(key)
+    if not isinstance(value, float) or not 0 < value <= 1:
+        raise RunError(f"{key!r} is wrong", got=value, expected="a number greater than 0 and at most 1")
+    return value
+
+
 def _text(record: ConfigRecord, key: str) -> str:
     value = record.get(key)
     if not isinstance(value, str):
@@ -187,6 +219,10 @@ def _text(record: ConfigRecord, key: str) -> str:
 
 
 def _numbers(record: MetricRecord) -> dict[str, float]:
-    return {
-        name: float(value) for name, value in record.items() if name != _EXAMPLES and isinstance(value, int | float)
-    }
+    numbers = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            raise RunError(f"metric {shorten(name)} is wrong", got=value, expected="a number")
+        if name != _EXAMPLES:
+            numbers[name] = float(value)
+    return numbers

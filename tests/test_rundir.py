@@ -64,8 +64,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(folder: R
     elif damage == "one bit":
         content[-3] ^= 4
     elif damage == "metadata":
-        content = content.replace(b'"round":"2"', b'"round":"7"')
-        assert b'"round":"7"' in content
+        content = content.replace(b'round_number\\": 2', b'round_number\\": 7')
+        assert b'round_number\\": 7' in content
     else:
         content.clear()
     newest.write_bytes(content)

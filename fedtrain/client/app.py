@@ -2,61 +2,100 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtrain import wire
+from fedtrain.client.state import ClientState
 from fedtrain.data.base import FederatedData
 from fedtrain.experiment.sections import Experiment
+from fedtrain.strategies.base import FederatedStrategy
 from fedtrain.strategies.registry import make_strategy
 from fedtrain.tasks.base import Task
 from fedtrain.training.evaluation import evaluate
-from fedtrain.training.loop import Trainer
+from fedtrain.training.loop import Assignment, Recipe, Trainer
 from fedtrain.training.optimizer import lr_factor
 
-__all__ = ["CLIENT_ID", "make_client_app"]
+__all__ = ["CLIENT_ID", "PERSONAL", "Site", "make_client_app"]
 
 CLIENT_ID = "client-id"
 """Key of the client's name in flwr's node config."""
 
+PERSONAL = "personal_"
+"""Prefix of a metric that was measured on the client's own model rather than the global one."""
 
-def make_client_app(experiment: Experiment, task: Task, data: FederatedData, device: torch.device) -> ClientApp:
+
+@dataclass(frozen=True)
+class Site:
+    """What a process that serves clients has at hand.
+
+    Attributes:
+        base: the experiment file's folder, for a strategy of the user's own.
+        states: where clients keep what lasts longer than a round.
+        device: where to train.
+    """
+
+    base: Path
+    states: ClientState
+    device: torch.device
+
+
+def make_client_app(experiment: Experiment, task: Task, data: FederatedData, site: Site) -> ClientApp:
     """Build the app that serves every client whose data this process holds.
 
     Args:
         experiment: what to do.
         task: model, loss and metrics.
         data: the examples of one client or of many.
-        device: where to train.
+        site: where to do it.
     """
     app = ClientApp()
-    trainer = Trainer(task, experiment.training, experiment.seed, device, make_strategy(experiment.strategy).local_rule)
+    states, section = site.states, experiment.personalization
+    strategy = make_strategy(experiment, len(data.client_ids()), site.base)
+    private = tuple(section.private)
+    recipe = Recipe(experiment.training, private=private)  # a flwr Strategy has no client half
+    if isinstance(strategy, FederatedStrategy):
+        recipe = Recipe(experiment.training, strategy.local_rule, strategy.personal_rule, private)
+    trainer = Trainer(task, recipe, experiment.seed, site.device)
+
+    def assignment(instruction: wire.Instruction, client_id: str, before: int) -> Assignment:
+        return Assignment(
+            instruction.round_number,
+            client_id,
+            instruction.params,
+            instruction.shared,
+            states.load(client_id, before),
+            lr_factor(experiment.training.schedule, instruction.round_number, experiment.rounds),
+            instruction.work,
+        )
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         instruction = wire.instruction(message)
-        client_id = str(context.node_config[CLIENT_ID])
-        result = trainer.train(
-            instruction.params,
-            data.client(client_id).train,
-            round_number=instruction.round_number,
-            client_id=client_id,
-            lr_factor=lr_factor(experiment.training.schedule, instruction.round_number, experiment.rounds),
-        )
-        update = wire.Update(
-            client_id, instruction.round_number, result.delta, result.num_examples, {"loss": result.loss}
-        )
+        client_id, number = str(context.node_config[CLIENT_ID]), instruction.round_number
+        result = trainer.train(assignment(instruction, client_id, number), data.client(client_id).train)
+        states.save(client_id, number, result.kept, instruction.kept_round)
+        update = wire.Update(client_id, number, result.delta, result.num_examples, {"loss": result.loss}, result.extra)
         return Message(wire.update_content(update), reply_to=message)
 
     @app.evaluate()
     def measure(message: Message, context: Context) -> Message:
         instruction = wire.instruction(message)
-        client_id = str(context.node_config[CLIENT_ID])
-        held_out = data.client(client_id).test
-        trainer.load(instruction.params)
-        metrics = evaluate(trainer.model, task, held_out, experiment.evaluation.batch_size)
-        measurement = wire.Measurement(client_id, len(held_out), metrics)
+        client_id, number = str(context.node_config[CLIENT_ID]), instruction.round_number
+        own = data.client(client_id)
+        now = assignment(instruction, client_id, number + 1)
+        batch = experiment.evaluation.batch_size
+        trainer.load(now.params, now.kept)
+        metrics = evaluate(trainer.model, task, own.test, batch)
+        epochs = section.fine_tune_epochs if number == experiment.rounds else 0
+        if metrics and trainer.personalize(now, own.train, epochs):
+            personal = evaluate(trainer.model, task, own.test, batch)
+            metrics |= {f"{PERSONAL}{name}": value for name, value in personal.items()}
+        measurement = wire.Measurement(client_id, len(own.test), metrics)
         return Message(wire.measurement_content(measurement), reply_to=message)
 
     return app

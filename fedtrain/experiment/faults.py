@@ -65,7 +65,8 @@ def _locate(loc: Iterable[str | int], tree: dict[str, Any], document: Any) -> _P
             node, tag = tables[str(part)], f"{path}.{choice}"
         elif "anyOf" in node:
             member = next((m for m in node["anyOf"] if m.get("title") == part), None)
-            counts = (member is not None) == isinstance(value, dict)
+            is_meant = isinstance(value, dict) and any("properties" in m for m in node["anyOf"])
+            counts = (member is not None) == is_meant
             node = member or node
         elif isinstance(part, int):
             path += f"[{part}]"
@@ -75,9 +76,15 @@ def _locate(loc: Iterable[str | int], tree: dict[str, Any], document: Any) -> _P
             shown = shorten(key_text(part))
             path += f".{shown}" if path else shown
             tag = tag if tag.rpartition(".")[0] == path.rpartition(".")[0] else ""
-            table, node = node, node.get("properties", {}).get(part, {})
+            table, node = node, node.get("properties", {}).get(part) or _open(node)
             value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
     return _Place(path, key, node, table, tag, counts)
+
+
+def _open(table: dict[str, Any]) -> dict[str, Any]:
+    """What a table holds under keys of the user's choice; nothing is known of a key that it must not have."""
+    values = table.get("additionalProperties")
+    return values if isinstance(values, dict) else {}
 
 
 def _fault(item: Any, place: _Place, tree: dict[str, Any]) -> tuple[Fault, list[str]]:
@@ -109,7 +116,9 @@ def _unknown_key(place: _Place, tree: dict[str, Any]) -> Fault:
     expected = f"one of: {listed}" if len(listed) <= _LONGEST_LIST else "a key of this section"
     kinds = [variant for _, path, variant in positions(tree) if path == place.path]
     if kinds:
-        hint = f"{place.key} goes with {place.tag.rpartition('.')[2]} = {' or '.join(kinds)}."
+        *others, last = kinds
+        listed_kinds = f"{', '.join(others)} or {last}" if others else last
+        hint = f"{place.key} goes with {place.tag.rpartition('.')[2]} = {listed_kinds}."
     else:
         hint = _elsewhere(place, tree) or nearest(place.key, keys, otherwise="")
     return Fault(place.path, "an unknown key", expected, hint)
@@ -124,13 +133,16 @@ def _elsewhere(place: _Place, tree: dict[str, Any]) -> str:
 def _contradiction(message: str, section: Mapping[str, Any], place: _Place) -> tuple[Fault, list[str]]:
     """Show the values that the message speaks of."""
     mentioned: dict[str, str] = {}
-    for path in sorted({path for _, path, _ in positions(place.node)}, key=message.find):
+    for path in sorted(dict.fromkeys(path for _, path, _ in positions(place.node)), key=message.find):
+        node = place.node["properties"].get(path, {})
+        if "properties" in node:  # the name of a section, such as clients, is a word like any other
+            continue
         if re.search(rf"(?<![\w.\"]){re.escape(path)}(?![\w.\"])", message):
             value: Any = section
             for key in path.split("."):
                 value = value.get(key, _ABSENT) if isinstance(value, dict) else _ABSENT
-            if "." in path or not isinstance(value, dict) or "discriminator" in place.node["properties"][path]:
-                mentioned[path] = f"no {path}" if value is _ABSENT else f"{path} = {shorten(inline(value))}"
+            absent = f"no {path} (default {inline(node['default'])})" if "default" in node else f"no {path}"
+            mentioned[path] = absent if value is _ABSENT else f"{path} = {shorten(inline(value))}"
     involved = [f"{place.path}.{path}".lstrip(".") for path in mentioned]
     path = place.path or (involved[0] if involved else "file")
     return Fault(

@@ -11,7 +11,7 @@ import tomli_w
 
 from fedtrain.experiment.sections import Experiment
 
-__all__ = ["allowed", "inline", "json_schema", "key_text", "positions", "schema_tree", "variants"]
+__all__ = ["allowed", "inline", "is_section", "json_schema", "key_text", "positions", "schema_tree", "variants"]
 
 _REFERENCE = "#/$defs/"
 _NOUNS = {
@@ -29,6 +29,17 @@ def json_schema() -> dict[str, Any]:
     Returns:
         A schema in which every key has a description. TOML knows no null, so none is allowed or a default.
     """
+    schema = _described_schema()
+    own = schema["$defs"]["OwnStrategy"]
+    # `name` may hold what `path` says otherwise; the variants that `schema_tree()` tells of are without this shorthand.
+    name = own["properties"]["name"]
+    name["anyOf"] = [{"const": name.pop("const")}, {"pattern": own["properties"]["path"]["pattern"]}]
+    own["required"] = ["name"]
+    own["oneOf"] = [{"required": ["path"]}, {"properties": {"name": name["anyOf"][1]}}]
+    return schema
+
+
+def _described_schema() -> dict[str, Any]:
     schema = Experiment.model_json_schema()
     for table in (schema, *schema["$defs"].values()):
         for key, node in table["properties"].items():
@@ -51,8 +62,8 @@ def json_schema() -> dict[str, Any]:
 
 @cache
 def schema_tree() -> dict[str, Any]:
-    """Expand all references of `json_schema()`: each node then says everything about its key. Read it only."""
-    schema = json_schema()
+    """Expand all references of the schema: each node then says everything about its key. Read it only."""
+    schema = _described_schema()
 
     def expand(node: Any) -> Any:
         if isinstance(node, list):
@@ -77,6 +88,11 @@ def variants(node: dict[str, Any]) -> tuple[str, dict[str, dict[str, Any]]]:
     # The mapping is sorted by name; oneOf has the order of the source.
     order = [v for member in node["oneOf"] for v in _choices(member["properties"][tag])]
     return tag, {name: tagged["mapping"][name] for name in order}
+
+
+def is_section(node: dict[str, Any]) -> bool:
+    """Whether a key of the top level is a section of the file rather than a single value."""
+    return "properties" in node or "discriminator" in node
 
 
 def positions(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, str, str]]:
@@ -104,10 +120,12 @@ def allowed(node: dict[str, Any]) -> str:
         names = ", ".join(_choices(node))
         return f"one of: {names}" if "," in names else f'"{names}"'
     if node.get("type") == "array":
-        return _list_of(node)
+        return _list_of(node) + _such_as(node)
     if "properties" in node:
         return f"a table with {', '.join(node['properties'])}"
     noun = _NOUNS[node["type"]][0]
+    if node["type"] == "object":
+        return noun + _such_as(node)
     if node["type"] == "string" and len(node.get("examples", ())) > 1:
         return f"{noun} such as: {', '.join(node['examples'])}"
     return noun + _bounds(node)
@@ -139,6 +157,10 @@ def _list_of(node: dict[str, Any]) -> str:
         count, item = "a list of", node["items"]
     least = ", at least one" if node.get("minItems") == 1 else ""
     return f"{count} {_NOUNS[item['type']][1]}{_bounds(item)}{least}"
+
+
+def _such_as(node: dict[str, Any]) -> str:
+    return f" such as {' or '.join(map(inline, node['examples']))}" if "examples" in node else ""
 
 
 def _bounds(node: dict[str, Any]) -> str:

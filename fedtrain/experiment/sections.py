@@ -7,19 +7,21 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fedtrain.experiment.base import Section, tag_defaults_to
+from fedtrain.experiment.clients import ClientsSection
+from fedtrain.experiment.gate import GateSection
 from fedtrain.experiment.partitions import IidPartition, PartitionSection
+from fedtrain.experiment.strategies import FedAvgStrategy, FedBuffStrategy, StrategySection
 
 __all__ = [
     "AdamSection",
-    "ClientsSection",
     "DataSection",
     "EvaluationSection",
     "Experiment",
     "GivenScaling",
+    "PersonalizationSection",
     "RunSection",
     "ScheduleSection",
     "SgdSection",
-    "StrategySection",
     "TaskSection",
     "TrainingSection",
 ]
@@ -114,19 +116,6 @@ class DataSection(Section):
         return self
 
 
-class ClientsSection(Section):
-    """Who takes part in a round."""
-
-    per_round: int | None = Field(default=None, ge=1, examples=[10])
-    """Clients asked in each round (their expected number for Poisson sampling); leave out for all."""
-
-    sampling: Literal["uniform", "poisson", "by-size"] = "uniform"
-    """uniform: a fixed number, all equally likely; poisson: each by its own coin; by-size: more examples, likelier."""
-
-    quorum: float = Field(default=0.5, ge=0, le=1)
-    """Least fraction of the asked clients whose update must pass; below it the run stops, resumable."""
-
-
 class SgdSection(Section):
     """Stochastic gradient descent, as torch.optim.SGD."""
 
@@ -145,6 +134,11 @@ class SgdSection(Section):
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum greater than 0")
         return self
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step is the learning rate times the gradient, and nothing else."""
+        return self.momentum == 0 and self.weight_decay == 0
 
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -198,11 +192,15 @@ class TrainingSection(Section):
         return self
 
 
-class StrategySection(Section):
-    """How the server turns the clients' updates into the next model."""
+class PersonalizationSection(Section):
+    """What each client has for itself."""
 
-    name: Literal["fedavg"] = "fedavg"
-    """fedavg: mean of the updates, weighted by examples (McMahan et al. 2017)."""
+    private: list[str] = Field(default=[], examples=[["fc2.*"], ["*norm*"]])
+    """Parameters that stay on the client, by name or pattern: a head of its own (FedPer, Arivazhagan et al. 2019),
+    normalisation layers of its own (FedBN, Li et al. 2021)."""
+
+    fine_tune_epochs: int = Field(default=0, ge=0)
+    """After the last round each client that evaluates trains the final model on its own examples for so many passes."""
 
 
 class EvaluationSection(Section):
@@ -260,8 +258,12 @@ class Experiment(Section):
     """Who takes part in a round."""
     training: TrainingSection = TrainingSection()
     """What a client does in a round."""
-    strategy: StrategySection = StrategySection()
+    strategy: StrategySection = FedAvgStrategy()
     """How the server turns updates into the next model."""
+    personalization: PersonalizationSection = PersonalizationSection()
+    """What each client has for itself."""
+    gate: GateSection = GateSection()
+    """Which updates may touch the model."""
     evaluation: EvaluationSection = EvaluationSection()
     """When the model is measured."""
     run: RunSection = RunSection()
@@ -272,4 +274,28 @@ class Experiment(Section):
         asked, there = self.clients.per_round, self.data.clients
         if asked is not None and there is not None and asked > there:
             raise ValueError(f"clients.per_round = {asked} asks for more than the data.clients = {there} there are")
+        self._check_strategy()
         return self
+
+    def _check_strategy(self) -> None:
+        strategy, optimizer = self.strategy, self.training.optimizer
+        if strategy.needs_sgd and not isinstance(optimizer, SgdSection):
+            raise ValueError(f'strategy.name = "{strategy.name}" needs training.optimizer.name = "sgd"')
+        if strategy.needs_plain_sgd and not (isinstance(optimizer, SgdSection) and optimizer.is_plain):
+            raise ValueError(
+                f'strategy.name = "{strategy.name}" needs training.optimizer = sgd, without momentum and weight_decay'
+            )
+        if isinstance(strategy, FedBuffStrategy):
+            if self.clients.duration is None:
+                raise ValueError('strategy.name = "fedbuff" needs clients.duration: how long clients take')
+            if self.clients.per_round is not None or self.clients.sampling not in ("uniform", "by-size"):
+                raise ValueError(
+                    'strategy.name = "fedbuff" draws clients by its max_in_flight: leave out clients.per_round, '
+                    "and let clients.sampling be uniform or by-size"
+                )
+            if self.clients.deadline is not None:
+                raise ValueError('strategy.name = "fedbuff" waits for nobody: leave out clients.deadline')
+        if strategy.name == "ditto" and self.personalization.fine_tune_epochs:
+            raise ValueError(
+                'strategy.name = "ditto" trains personal models already: leave out personalization.fine_tune_epochs'
+            )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fedtrain.disk import atomic_write
 from fedtrain.errors import InputError, nearest
-from fedtrain.experiment.schema import allowed, inline, schema_tree, variants
+from fedtrain.experiment.schema import allowed, inline, is_section, schema_tree, variants
 
 __all__ = ["TEMPLATES", "Template", "reference_markdown", "render", "write"]
 
@@ -185,14 +185,17 @@ def render(name: str) -> str:
         f"# {description}",
         f"# {next_step}",
         "#",
-        "# A key behind `# ` has the default that is shown: remove the `# ` to change it.",
+        "# A key behind `# ` has the default that is shown, or is not set by default: remove the `# ` to set it.",
         "",
     ]
     for key, node in schema_tree()["properties"].items():
-        if "properties" not in node:
+        if not is_section(node):
             lines += _entry(key, node, values)
             continue
         lines += ["", *_beside(f"[{key}]", [node["description"]])]
+        if "properties" not in node:
+            lines += _kinds(node, values.get(key, {}))
+            continue
         for member, child in node["properties"].items():
             lines += _entry(member, child, values.get(key, {}))
     return "\n".join(lines) + "\n"
@@ -229,11 +232,15 @@ def reference_markdown() -> str:
     """Tabulate every key of the experiment file, as Markdown."""
     properties = schema_tree()["properties"]
     lines = ["### Top level", "", *_HEAD]
-    lines += [_row(key, node) for key, node in properties.items() if "properties" not in node]
+    lines += [_row(key, node) for key, node in properties.items() if not is_section(node)]
     for section, node in properties.items():
-        if "properties" not in node:
+        if not is_section(node):
             continue
-        lines += ["", f"### [{section}]", "", node["description"], "", *_HEAD]
+        lines += ["", f"### [{section}]", "", node["description"]]
+        if "properties" not in node:
+            lines += _inner_tables(section, node)
+            continue
+        lines += ["", *_HEAD]
         lines += [_row(key, child) for key, child in node["properties"].items()]
         for key, child in node["properties"].items():
             lines += _inner_tables(f"{section}.{key}", child)
@@ -244,30 +251,46 @@ def _entry(key: str, node: dict[str, Any], values: Mapping[str, Any]) -> Iterato
     """One key of a template, with its comment beside or below it."""
     active = key in values
     value = values[key] if active else node.get("default", node.get("examples", [None])[0])
-    paragraphs = [_meaning(node, with_default=active)]
+    paragraphs = [_meaning(node, shown=not active)]
     tag, choices = variants(node)
     if tag:
-        common = set.intersection(*(set(table["properties"]) for table in choices.values()))
-        own = {name: [k for k in table["properties"] if k not in common] for name, table in choices.items()}
-        kinds = ", ".join(f"{name} ({', '.join(keys)})" if keys else name for name, keys in own.items())
-        paragraphs.append(f"- {tag}: {kinds}.")
+        value = value or {tag: next(iter(choices))}
+        paragraphs.append(f"- {tag}: {', '.join(_with_own_keys(choices).values())}.")
     for name, child in (choices[value[tag]] if tag else node).get("properties", {}).items():
         if name != tag:
-            paragraphs.append(f"- {name}: {_meaning(child, with_default=active)}")
+            paragraphs.append(f"- {name}: {_meaning(child, shown=not active and name in value)}")
     return _beside(f"{'' if active else '# '}{key} = {inline(value)}", paragraphs)
 
 
-def _meaning(node: dict[str, Any], *, with_default: bool) -> str:
-    """What a key means, which values it takes where that is not plain, and its default where it is not shown."""
+def _kinds(node: dict[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    """A section that comes in kinds: the one that is chosen with what there is besides, and its keys."""
+    tag, choices = variants(node)
+    chosen = values.get(tag, node["default"][tag])
+    others = [text for name, text in _with_own_keys(choices).items() if name != chosen]
+    paragraphs = [choices[chosen]["description"], f"Others, each with its keys: {', '.join(others)}."]
+    yield from _beside(f"{'' if tag in values else '# '}{tag} = {inline(chosen)}", paragraphs)
+    for key, child in choices[chosen]["properties"].items():
+        if key != tag:
+            yield from _entry(key, child, values)
+
+
+def _with_own_keys(choices: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """Each variant with the keys, in brackets, that not all variants have."""
+    common = set.intersection(*(set(table["properties"]) for table in choices.values()))
+    own = {name: [key for key in table["properties"] if key not in common] for name, table in choices.items()}
+    return {name: f"{name} ({', '.join(keys)})" if keys else name for name, keys in own.items()}
+
+
+def _meaning(node: dict[str, Any], *, shown: bool) -> str:
+    """What a key means, which values it takes where that is not plain, and its default unless that is shown."""
     description: str = node["description"]
-    facts = []
-    if "properties" in node or "discriminator" in node:
-        return description
+    is_table = "properties" in node or "discriminator" in node
     told = "enum" in node and all(choice in description for choice in node["enum"])
-    bounds = _TYPE.sub("", allowed(node))
-    if bounds and not told:
-        facts.append(bounds)
-    if with_default and "default" in node:
+    bounds = "" if told or is_table else _TYPE.sub("", allowed(node))
+    facts = [bounds] if bounds else []
+    if shown and "default" not in node:
+        facts.append("not set by default")
+    if not shown and "default" in node and not is_table:
         facts.append(f"default {inline(node['default'])}")
     return f"{description} ({'; '.join(facts)})" if facts else description
 
@@ -298,8 +321,10 @@ def _inner_tables(path: str, node: dict[str, Any]) -> Iterator[str]:
     """Tabulate the keys of an inline table: of each variant, or of the one table that the key may hold."""
     tag, choices = variants(node)
     for name, table in choices.items():
-        yield from ("", f'#### {path} = {{ {tag} = "{name}" }}', "", table["description"], "", *_HEAD)
-        yield from (_row(key, child) for key, child in table["properties"].items() if key != tag)
+        where = f"{path} = {{ {tag} = {inline(name)} }}" if "." in path else f"[{path}] {tag} = {inline(name)}"
+        yield from ("", f"#### {where}", "", table["description"])
+        rows = [_row(key, child) for key, child in table["properties"].items() if key != tag]
+        yield from ("", *_HEAD, *rows) if rows else ()
     for table in (node, *node.get("anyOf", ())):
         if "properties" in table:
             yield from ("", f"#### {path}", "", table["description"], "", *_HEAD)

@@ -3,43 +3,152 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from fedtrain.errors import shorten
+import torch
+
+from fedtrain.errors import RunError, shorten
+from fedtrain.experiment.gate import GateSection
 from fedtrain.params import Params, l2_norm
 from fedtrain.wire import Measurement, Update
 
-__all__ = ["measurement_objection", "objection"]
+__all__ = ["Gate", "measurement_objection"]
 
-_MOST_EXAMPLES = 10**9
+_WINDOW, _ENOUGH = 100, 5  # accepted updates that a median is taken over, at most and at least
+_MOST_GROWTH = 100.0  # times the model's scale: an update that is larger is no training, whatever the others send
+_LEAST_STEP = 1e-6  # control variates are deltas divided by learning rate times steps
+_MOST_EXAMPLES, _MOST_METRICS, _MOST_NAME = 10**9, 100, 100  # of a measurement
+_REASON = 300  # characters
+
+_Schema = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def objection(update: Update, model: Params, client_id: str, round_number: int) -> str | None:
-    """Say why an update must not be used, in one line; None if it may.
-
-    It reads each tensor once.
+class Gate:
+    """Judges updates one after another, in client order; what it accepts is the measure of those that follow.
 
     Args:
-        update: as the client sent it.
-        model: the global parameters: names, shapes and dtypes that the delta must have.
-        client_id: the client that was asked.
-        round_number: the round it was asked for.
+        section: the limits.
+        model: the global parameters, whose names, shapes and dtypes every delta must have.
+        extra: likewise for `Update.extra`.
+        memory: what `memory()` gave, in a run that is resumed.
+        also: the algorithm's own objection; it sees only what has passed all else.
     """
-    if update.client_id != client_id:
-        return f"the update names another client: got {shorten(update.client_id)}; expected {shorten(client_id)}"
-    if update.round_number != round_number:
-        return f"the update is for another round: got {update.round_number}; expected {round_number}"
-    if not 1 <= update.num_examples <= _MOST_EXAMPLES:
-        return f"num_examples is {shorten(update.num_examples)}; expected 1 to {_MOST_EXAMPLES}"
-    if update.delta.keys() != model.keys():
-        odd = sorted(update.delta.keys() ^ model.keys())
-        return f"tensor names differ from the model's: {shorten(', '.join(odd))}"
-    for name, tensor in model.items():
-        got = update.delta[name]
-        if got.shape != tensor.shape or got.dtype != tensor.dtype:
-            return f"tensor {name}: got {got.dtype} {tuple(got.shape)}; expected {tensor.dtype} {tuple(tensor.shape)}"
-    if not math.isfinite(l2_norm(update.delta)):
-        return "the update holds NaN or infinite values"
-    return None
+
+    def __init__(
+        self,
+        section: GateSection,
+        model: Params,
+        extra: Params,
+        memory: Mapping[str, Any] | None = None,
+        *,
+        also: Callable[[Update], str | None] = lambda _: None,
+    ) -> None:
+        self._section, self._also = section, also
+        self._model, self._extra = _schema(model), _schema(extra)
+        self._size = sum(t.numel() for t in model.values())
+        # Single numbers, such as a loss or a count of steps, have no scale that the gate could know.
+        self._extra_has_scale = any(t.numel() > 1 for t in extra.values())
+        if not memory:
+            scale = l2_norm(model) + math.sqrt(self._size)
+            memory = {"scale": scale, "norms": [], "extra_norms": [], "examples": [], "offences": {}}
+        # Of the initial parameters, once and for all: a resumed run judges alike, and no round reads the model for it.
+        self._scale: float = memory["scale"]
+        self._norms = _Accepted(section.norm_factor, memory["norms"])
+        self._extra_norms = _Accepted(section.norm_factor, memory["extra_norms"])
+        self._examples = _Accepted(section.examples_factor, memory["examples"])
+        self._offences: dict[str, int] = dict(memory["offences"])
+
+    def objection(self, update: Update, client_id: str, round_number: int) -> str | None:
+        """Say why an update must not be used, in one line; None if it may.
+
+        It reads each tensor once. An objection counts as an offence of the client that was asked.
+
+        Args:
+            update: as the client sent it.
+            client_id: the client that was asked.
+            round_number: the round it was asked for.
+        """
+        try:
+            norm, extra_norm = self._check(update, client_id, round_number)
+        except RunError as error:
+            return self.refuse(client_id, error)
+        self._norms.add(norm)
+        self._extra_norms.add(extra_norm)
+        self._examples.add(update.num_examples)
+        return None
+
+    def refuse(self, client_id: str, why: object) -> str:
+        """Count an offence, such as a reply that cannot be read; return the reason in one printable line."""
+        self._offences[client_id] = self._offences.get(client_id, 0) + 1
+        return shorten(str(why), _REASON)
+
+    @property
+    def set_aside(self) -> set[str]:
+        """The clients that have reached `max_offences`."""
+        most = self._section.max_offences
+        return {client for client, count in self._offences.items() if 0 < most <= count}
+
+    def memory(self) -> dict[str, Any]:
+        """What the gate remembers, as lists and mappings of numbers: a gate made from it goes on as this one would."""
+        return {
+            "scale": self._scale,
+            "norms": list(self._norms.values),
+            "extra_norms": list(self._extra_norms.values),
+            "examples": list(self._examples.values),
+            "offences": dict(self._offences),
+        }
+
+    def _check(self, update: Update, client_id: str, round_number: int) -> tuple[float, float]:
+        """Return the norms of the delta and of the extra tensors, or raise RunError."""
+        if update.client_id != client_id:
+            got = update.client_id[:_REASON]  # it may be megabytes
+            raise RunError("the update names another client", got=got, expected=shorten(client_id))
+        if update.round_number != round_number:
+            raise RunError("the update is for another round", got=update.round_number, expected=str(round_number))
+        self._check_examples(update.num_examples)
+        if update.metrics.keys() != {"loss"}:
+            raise RunError("the metrics are wrong", got=_listed(update.metrics), expected="loss alone")
+        if not math.isfinite(update.metrics["loss"]):
+            raise RunError("the loss is wrong", got=update.metrics["loss"], expected="a finite number")
+        norm = _norm("tensor", update.delta, self._model)
+        extra_norm = _norm("extra tensor", update.extra, self._extra)
+        if self._size and not norm:
+            raise RunError("the update is zero throughout: the client did not train")
+        if self._section.norm_factor:
+            most = _MOST_GROWTH * self._scale
+            _check_norm("update's L2 norm", norm, min(most, self._norms.limit()))
+            if self._extra_has_scale:
+                _check_norm("extra tensors' L2 norm", extra_norm, min(most / _LEAST_STEP, self._extra_norms.limit()))
+        if why := self._also(update):
+            raise RunError(why)
+        return norm, extra_norm
+
+    def _check_examples(self, number: int) -> None:
+        most = self._section.max_examples
+        if type(number) is not int or not 1 <= number <= most:  # True is an int to isinstance
+            raise RunError("num_examples is wrong", got=number, expected=f"an integer from 1 to {most}")
+        if number > self._examples.limit():
+            limit = f"at most {self._examples.limit():g} (gate.examples_factor)"
+            raise RunError("num_examples is out of all proportion to other clients'", got=number, expected=limit)
+
+
+class _Accepted:
+    """The last accepted values of one kind."""
+
+    def __init__(self, factor: float, values: Iterable[float]) -> None:
+        self._factor = factor
+        self.values = deque(values, maxlen=_WINDOW)
+
+    def add(self, value: float) -> None:
+        self.values.append(value)
+
+    def limit(self) -> float:
+        """How large another may be: `factor` times the median, where there are enough for one and it is not 0."""
+        median = statistics.median(self.values) if len(self.values) >= _ENOUGH else 0.0
+        return self._factor * median or math.inf
 
 
 def measurement_objection(measurement: Measurement, client_id: str) -> str | None:
@@ -47,9 +156,46 @@ def measurement_objection(measurement: Measurement, client_id: str) -> str | Non
 
     A diverged model gives infinite losses everywhere, which is worth knowing; a NaN tells nothing and spoils the mean.
     """
+    number, metrics = measurement.num_examples, measurement.metrics
     if measurement.client_id != client_id:
         return f"it names another client: got {shorten(measurement.client_id)}; expected {shorten(client_id)}"
-    if not 0 <= measurement.num_examples <= _MOST_EXAMPLES:
-        return f"num_examples is {shorten(measurement.num_examples)}; expected 0 to {_MOST_EXAMPLES}"
-    odd = [name for name, value in measurement.metrics.items() if math.isnan(value)]
+    if type(number) is not int or not 0 <= number <= _MOST_EXAMPLES:
+        return f"num_examples is {shorten(number)}; expected an integer from 0 to {_MOST_EXAMPLES}"
+    if len(metrics) > _MOST_METRICS:
+        return f"it holds {len(metrics)} metrics; expected at most {_MOST_METRICS}"
+    if odd := [name for name in metrics if len(name) > _MOST_NAME or not name.isprintable()]:
+        return f"metric {shorten(odd[0])}: expected a printable name of at most {_MOST_NAME} characters"
+    odd = [name for name, value in metrics.items() if math.isnan(value)]
     return f"{shorten(', '.join(odd))} is not a number" if odd else None
+
+
+def _schema(params: Params) -> _Schema:
+    return {name: (t.dtype, tuple(t.shape)) for name, t in params.items()}
+
+
+def _norm(kind: str, params: Params, schema: _Schema) -> float:
+    """L2 norm over all tensors; RunError if they are not those of the schema, or not finite."""
+    if params.keys() != schema.keys():
+        lacks, more = _listed(schema.keys() - params.keys()), _listed(params.keys() - schema.keys())
+        raise RunError(f"the {kind}s are not those asked for", got=f"without {lacks}; with {more}")
+    for name, (dtype, shape) in schema.items():
+        t = params[name]
+        if t.dtype != dtype or t.shape != shape:
+            got = f"{t.dtype} {tuple(t.shape)}"
+            raise RunError(f"{kind} {shorten(name)} is of the wrong kind", got=got, expected=f"{dtype} {shape}")
+    norm = l2_norm(params)
+    if not math.isfinite(norm):
+        odd = [name for name, t in params.items() if not math.isfinite(l2_norm({name: t}))]
+        raise RunError(f"the {kind}s hold NaN, infinite or immense values", got=_listed(odd))
+    return norm
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(name[:_REASON] for name in names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
+
+
+def _check_norm(what: str, norm: float, limit: float) -> None:
+    if norm > limit:
+        most = f"at most {limit:.3g} (gate.norm_factor)"
+        raise RunError(f"the {what} is out of all proportion", got=f"{norm:.3g}", expected=most)

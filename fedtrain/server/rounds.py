@@ -1,4 +1,4 @@
-"""The round loop: select, instruct, gate, aggregate, evaluate, record, checkpoint.
+"""The round loop: plan, instruct, gate, aggregate, evaluate, record, checkpoint.
 
 It is ours rather than flwr's `Strategy.start`, which cannot resume, stop early or bound its waiting.
 """
@@ -8,21 +8,24 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flwr.app import ConfigRecord, Message, MetricRecord
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedtrain import flower, wire
 from fedtrain.errors import FedtrainError, InterruptedRunError, RunError, shorten
 from fedtrain.experiment.sections import Experiment
-from fedtrain.params import Params, l2_norm
+from fedtrain.params import Params, difference, l2_norm
 from fedtrain.records import RoundRecord
 from fedtrain.rundir import Checkpoint, RunFolder
-from fedtrain.server.gate import measurement_objection, objection
-from fedtrain.strategies.adapter import FlowerStrategy
+from fedtrain.server.cohort import Cohort
+from fedtrain.server.gate import measurement_objection
+from fedtrain.server.schedule import Turn
+from fedtrain.strategies.adapter import RoundStrategy
+from fedtrain.training.evaluation import weighted_mean
 from fedtrain.training.optimizer import lr_factor
 
 __all__ = ["Observer", "Server"]
@@ -48,10 +51,13 @@ class Observer(Protocol):
 class _Round:
     """What is learned of a round while its replies stream by."""
 
-    names: dict[int, str]  # node id -> client
+    number: int
+    names: dict[int, str]  # node id -> client, in client order
     participants: list[str] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)
-    num_examples: int = 0
+    set_aside: list[str] = field(default_factory=list)
+    losses: list[tuple[dict[str, float], int]] = field(default_factory=list)  # with the examples behind them
+    staleness: list[int] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
 
@@ -63,6 +69,7 @@ class Server:
     Attributes:
         experiment: what to run.
         strategy: aggregates.
+        cohort: knows the clients, by their position among the grid's nodes.
         grid: reaches the clients.
         folder: records and checkpoints go there.
         client_name: node id -> client.
@@ -71,7 +78,8 @@ class Server:
     """
 
     experiment: Experiment
-    strategy: FlowerStrategy
+    strategy: RoundStrategy
+    cohort: Cohort
     grid: Grid
     folder: RunFolder
     client_name: Callable[[int], str]
@@ -85,6 +93,9 @@ class Server:
             InterruptedRunError: at Ctrl-C or SIGTERM, after a checkpoint of the last finished round.
             RunError: the run cannot go on; likewise.
         """
+        if start.round_number:
+            self.strategy.state = start.state
+        self.cohort.begin(self.strategy, start.params, start.server)
         done = start
         saved_at = time.monotonic()
         try:
@@ -115,112 +126,145 @@ class Server:
 
     def _round(self, round_number: int, params: Params) -> Checkpoint:
         started = time.perf_counter()
-        arrays = flower.array_record(params)
-        messages = list(self.strategy.configure_train(round_number, arrays, ConfigRecord(), self.grid))
-        seen = _Round({m.metadata.dst_node_id: self.client_name(m.metadata.dst_node_id) for m in messages})
-        seen.bytes_down = sum(wire.size(m.content) for m in messages)
+        turn = self.cohort.turn(round_number)
+        self.cohort.gate.start_round(params)
+        nodes = self._nodes(turn.ask)
+        asked = list(self.strategy.configure(round_number, params, list(nodes)))
+        seen = _Round(round_number, {node: self.client_name(node) for node in asked})
+        work = {node: turn.work[client] for node, client in nodes.items() if client in turn.work}
+        messages = self._instructions(MessageType.TRAIN, params, seen, asked, work)
+        if messages:  # who comes late was sent the model all the same
+            seen.bytes_down += len(turn.late) * wire.size(messages[0].content)
         self.observer.round_started(round_number, len(messages))
-        replies = self._counted(round_number, self.grid.send_and_receive(messages))
-        valid = self._valid(round_number, params, wire.in_order(replies, seen.names), seen)
-        aggregated, train_metrics = self.strategy.aggregate_train(round_number, valid)
-        self._check_quorum(round_number, seen)
-        new = flower.tensors(aggregated) if aggregated is not None else params
+        replies = wire.in_order(self._counted(round_number, self.grid.send_and_receive(messages)), asked)
+        arrived = ((nodes[node], update) for node, update in self._valid(replies, seen))
+        new = self.strategy.aggregate(round_number, params, self._noted(self.cohort.used(turn, arrived), seen))
+        self._set_aside(nodes, seen)
+        self._check_quorum(turn, seen)
         trained = time.perf_counter()
         section = self.experiment.evaluation
         central = self.evaluate(new) if self._due(round_number, section.central_every) else {}
-        clients: dict[str, float] = {}
         per_client: dict[str, dict[str, float]] = {}
         if self._due(round_number, section.clients_every):
-            clients, per_client = self._evaluate_on_clients(round_number, new, seen)
+            per_client = self._evaluate_on_clients(new, seen)
         self._finish(
             RoundRecord(
                 round_number=round_number,
                 participants=seen.participants,
                 quarantined=seen.quarantined,
-                num_examples=seen.num_examples,
-                train=_floats(train_metrics),
+                set_aside=seen.set_aside,
+                late=[self.client_name(node) for node in self._nodes(turn.late)],
+                num_examples=sum(examples for _, examples in seen.losses),
+                train=weighted_mean(seen.losses),
                 central=central,
-                clients=clients,
+                clients=_mean_over_clients(per_client),
                 per_client=per_client,
                 bytes_up=seen.bytes_up,
                 bytes_down=seen.bytes_down,
-                update_norm=l2_norm({name: new[name] - t for name, t in params.items()}),
+                update_norm=l2_norm(difference(new, params)),
                 lr_factor=lr_factor(self.experiment.training.schedule, round_number, self.experiment.rounds),
+                staleness=sum(seen.staleness) / max(1, len(seen.staleness)),
+                virtual_seconds=turn.seconds,
                 seconds_train=trained - started,
                 seconds_evaluate=time.perf_counter() - trained,
             )
         )
-        return Checkpoint(round_number, new, self.strategy.state)
+        return Checkpoint(round_number, new, self.strategy.state, self.cohort.memory())
+
+    def _nodes(self, clients: Sequence[int]) -> dict[int, int]:
+        """Node id -> position, in the order of the positions."""
+        known = self.grid.get_node_ids()
+        node_ids = known if isinstance(known, Sequence) else list(known)
+        return {node_ids[client]: client for client in clients}
+
+    def _instructions(
+        self, kind: str, params: Params, seen: _Round, nodes: Iterable[int], work: Mapping[int, float]
+    ) -> list[Message]:
+        """One message per client; all share one record of the parameters."""
+        arrays, shared = flower.array_record(params), flower.array_record(self.strategy.share())
+        kept = self.folder.oldest_checkpoint_round()
+        messages = []
+        for node in nodes:
+            content = wire.instruction_content(arrays, seen.number, shared, work.get(node, 1.0), kept)
+            seen.bytes_down += wire.size(content)
+            messages.append(Message(content, node, kind, group_id=str(seen.number)))
+        return messages
 
     def _counted(self, round_number: int, replies: Iterable[Message]) -> Iterator[Message]:
         for reply in replies:
             self.observer.client_finished(round_number)
             yield reply
 
-    def _valid(self, round_number: int, params: Params, replies: Iterable[Message], seen: _Round) -> Iterator[Message]:
-        """Let through what may be aggregated; note why the others may not."""
+    def _valid(self, replies: Iterable[Message], seen: _Round) -> Iterator[tuple[int, wire.Update]]:
+        """Let through what may be aggregated, with its node; note why the others may not."""
         for reply in replies:
-            client_id = seen.names[reply.metadata.src_node_id]
+            node = reply.metadata.src_node_id
+            client_id = seen.names[node]
             if reply.has_error():
                 seen.quarantined[client_id] = shorten(reply.error.reason, 300)
                 continue
             seen.bytes_up += wire.size(reply.content)
             try:
                 update = wire.update(reply.content)
-                why = objection(update, params, client_id, round_number)
             except FedtrainError as error:
-                why = str(error)
-            if why:
-                seen.quarantined[client_id] = why
+                seen.quarantined[client_id] = self.cohort.gate.refuse(client_id, error)
                 continue
-            seen.participants.append(client_id)
-            seen.num_examples += update.num_examples
-            yield reply
+            if why := self.cohort.gate.objection(update, client_id, seen.number):
+                seen.quarantined[client_id] = why
+            else:
+                yield node, update
 
-    def _check_quorum(self, round_number: int, seen: _Round) -> None:
-        asked, used = len(seen.names), len(seen.participants)
-        if asked == 0:
-            self.observer.notice(f"round {round_number}: no client was drawn; the model stays as it is")
-        elif used / asked < self.experiment.clients.quorum:  # as a quotient, for 0.55 * 100 is more than 55
-            client, reason = next(iter(seen.quarantined.items()), ("every client", "no answer"))
+    def _noted(self, updates: Iterable[wire.Update], seen: _Round) -> Iterator[wire.Update]:
+        for update in updates:
+            seen.participants.append(update.client_id)
+            seen.losses.append((dict(update.metrics), update.num_examples))
+            seen.staleness.append(seen.number - update.round_number)
+            yield update
+
+    def _set_aside(self, nodes: Mapping[int, int], seen: _Round) -> None:
+        for client, reason in seen.quarantined.items():
+            self.observer.notice(f"round {seen.number}: update of {shorten(client)} not used: {reason}")
+        gone = self.cohort.gate.set_aside
+        for node, client_id in seen.names.items():
+            if client_id in seen.quarantined and client_id in gone:
+                self.cohort.set_aside(nodes[node])
+                seen.set_aside.append(client_id)
+                self.observer.notice(f"{shorten(client_id)} is set aside for the rest of the run")
+
+    def _check_quorum(self, turn: Turn, seen: _Round) -> None:
+        used = len(seen.participants)
+        if used < turn.wanted * self.experiment.clients.quorum - 1e-9:
+            client, reason = next(iter(seen.quarantined.items()), ("every client", "no answer in time"))
             raise RunError(
-                f"round {round_number} has too few valid updates",
-                got=f"{used} of {asked} clients",
+                f"round {seen.number} has too few valid updates",
+                got=f"{used} of {turn.wanted} clients",
                 expected=f"at least clients.quorum = {self.experiment.clients.quorum} of them",
                 hint=f"{shorten(client)}: {reason}",
             )
-        for client, reason in seen.quarantined.items():
-            self.observer.notice(f"round {round_number}: update of {shorten(client)} not used: {reason}")
+        if not used:
+            what = "no client was drawn" if not seen.names else "no valid update came"
+            self.observer.notice(f"round {seen.number}: {what}; the model stays as it is")
 
-    def _evaluate_on_clients(
-        self, round_number: int, params: Params, seen: _Round
-    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        """Mean over the clients' held-out examples, and each client's own numbers."""
-        arrays = flower.array_record(params)
-        messages = list(self.strategy.configure_evaluate(round_number, arrays, ConfigRecord(), self.grid))
-        names = {m.metadata.dst_node_id: self.client_name(m.metadata.dst_node_id) for m in messages}
-        seen.bytes_down += sum(wire.size(m.content) for m in messages)
+    def _evaluate_on_clients(self, params: Params, seen: _Round) -> dict[str, dict[str, float]]:
+        """Each client's own numbers on its held-out examples; clients without any are left out."""
+        names = {node: self.client_name(node) for node in self._nodes(self.cohort.evaluators)}
+        messages = self._instructions(MessageType.EVALUATE, params, seen, names, {})
         per_client: dict[str, dict[str, float]] = {}
-
-        def measured() -> Iterator[Message]:
-            for reply in wire.in_order(self.grid.send_and_receive(messages), names):
-                client_id = names[reply.metadata.src_node_id]
-                try:
-                    if reply.has_error():
-                        raise RunError(shorten(reply.error.reason, 300))
-                    seen.bytes_up += wire.size(reply.content)
-                    value = wire.measurement(reply.content)
-                    if why := measurement_objection(value, client_id):
-                        raise RunError(why)
-                except FedtrainError as error:
-                    self.observer.notice(f"round {round_number}: evaluation of {shorten(client_id)} not used: {error}")
-                    continue
-                if value.num_examples:
-                    per_client[client_id] = {**value.metrics, "num_examples": value.num_examples}
-                    yield reply
-
-        mean = self.strategy.aggregate_evaluate(round_number, measured()) if messages else None
-        return _floats(mean), per_client
+        for reply in wire.in_order(self.grid.send_and_receive(messages) if messages else (), names):
+            client_id = names[reply.metadata.src_node_id]
+            try:
+                if reply.has_error():
+                    raise RunError(shorten(reply.error.reason, 300))
+                seen.bytes_up += wire.size(reply.content)
+                value = wire.measurement(reply.content)
+                if why := measurement_objection(value, client_id, self.experiment.gate.max_examples):
+                    raise RunError(why)
+            except FedtrainError as error:
+                self.observer.notice(f"round {seen.number}: evaluation of {shorten(client_id)} not used: {error}")
+                continue
+            if value.num_examples:
+                per_client[client_id] = {**value.metrics, "num_examples": value.num_examples}
+        return per_client
 
     def _due(self, round_number: int, every: int) -> bool:
         return round_number == self.experiment.rounds or (every > 0 and round_number % every == 0)
@@ -232,5 +276,8 @@ class Server:
         self.observer.round_finished(record)
 
 
-def _floats(metrics: MetricRecord | None) -> dict[str, float]:
-    return {name: float(value) for name, value in (metrics or {}).items() if isinstance(value, int | float)}
+def _mean_over_clients(per_client: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Means over the held-out examples, weighted by their number."""
+    weighed = ((dict(numbers), numbers["num_examples"]) for numbers in per_client.values())
+    means = weighted_mean((numbers, int(weight)) for numbers, weight in weighed)
+    return {name: value for name, value in means.items() if name != "num_examples"}

@@ -1,59 +1,142 @@
-"""Who takes part in a round: a function of (seed, round), so a resumed run asks the same clients."""
+"""Who takes part in a round: a function of (seed, round, what is known), so a resumed run asks the same clients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtrain.experiment.sections import ClientsSection
+from fedtrain.errors import InputError, nearest
+from fedtrain.experiment.clients import ClientsSection
 from fedtrain.seeds import generator
-from fedtrain.strategies.adapter import Selector
 
-__all__ = ["fixed_sample", "participants"]
+__all__ = ["Crowd", "eligible", "fixed_sample"]
+
+Positions = npt.NDArray[np.int64]
 
 
-def participants(section: ClientsSection, seed: int, sizes: npt.NDArray[np.int64]) -> Selector:
-    """Choose who trains in each round, in ascending order of node.
+@dataclass
+class Crowd:
+    """The clients that may be asked to train, and the draw among them.
 
-    Args:
+    Attributes:
         section: how many, and by which sampling.
         seed: the experiment's seed.
-        sizes: `(clients,)` training examples; a client without any is never asked.
-
-    Returns:
-        A selector over node ids in the order of `sizes`.
+        sizes: `(clients,)` training examples; a client without any is never asked, nor one that is not eligible.
+        losses: position of a client -> its last training loss; written by whoever learns of it.
+        absent: positions of clients that are set aside.
     """
-    present = np.flatnonzero(sizes > 0)
-    wanted = min(section.per_round or len(present), len(present))
-    shares = sizes[present] / max(1, sizes.sum())
 
-    def select(round_number: int, node_ids: Sequence[int]) -> list[int]:
-        rng = generator(seed, "participants", round_number)
-        if wanted == len(present):
-            chosen = np.arange(wanted)
-        elif section.sampling == "by-size":
-            chosen = rng.choice(len(present), wanted, replace=False, p=shares)
-        else:
-            count = wanted
-            if section.sampling == "poisson":
-                # A coin for each client is the same as a binomial number of clients, then that many uniformly.
-                count = int(rng.binomial(len(present), wanted / len(present)))
-            chosen = rng.choice(len(present), count, replace=False)
-        return [node_ids[position] for position in np.sort(present[chosen]).tolist()]
+    section: ClientsSection
+    seed: int
+    sizes: Positions
+    losses: dict[int, float] = field(default_factory=dict)
+    absent: set[int] = field(default_factory=set)
 
-    return select
+    def __post_init__(self) -> None:
+        self._eligible = np.flatnonzero(self.sizes > 0)
+
+    def wanted(self) -> int:
+        """Clients that a round is meant to have."""
+        return min(self.section.per_round or len(self._eligible), len(self._eligible))
+
+    def draw(self, round_number: int) -> Positions:
+        """Draw who is asked in a round, in ascending order; more than wanted where there is over-selection."""
+        rng = generator(self.seed, "participants", round_number)
+        present, wanted = self._present(()), self.wanted()
+        count = min(int(np.ceil(wanted * self.section.over_selection - 1e-9)), len(present))
+        if self.section.sampling == "poisson":
+            # A coin for each client is the same as a binomial number of clients, then that many uniformly.
+            count = int(rng.binomial(len(present), wanted / len(self._eligible))) if len(present) else 0
+        elif self.section.sampling == "power-of-choice":
+            return self._power_of_choice(rng, present, count)
+        return np.sort(present if count == len(present) else self._some(rng, present, count))
+
+    def draw_one(self, number: int, busy: Collection[int]) -> int | None:
+        """Draw one more client for an asynchronous run: the `number`-th, not one of the busy."""
+        present = self._present(busy)
+        if not len(present):
+            return None
+        return int(self._some(generator(self.seed, "in-flight", number), present, 1)[0])
+
+    def _present(self, busy: Collection[int]) -> Positions:
+        gone = {*self.absent, *busy}
+        if not gone:
+            return self._eligible
+        return np.setdiff1d(self._eligible, np.fromiter(gone, np.int64, len(gone)), assume_unique=True)
+
+    def _some(self, rng: np.random.Generator, present: Positions, count: int) -> Positions:
+        shares = None
+        if self.section.sampling in ("by-size", "power-of-choice"):
+            shares = self.sizes[present] / self.sizes[present].sum()
+        return present[rng.choice(len(present), count, replace=False, p=shares)]
+
+    def _power_of_choice(self, rng: np.random.Generator, present: Positions, count: int) -> Positions:
+        """Of d candidates drawn by size, those with the highest loss; one that is not known yet comes first.
+
+        The variant rpow-d, which asks nobody for anything: a client's loss is that of its last participation.
+
+        References:
+            Cho, Wang, Joshi, "Towards Understanding Biased Client Selection in Federated Learning", AISTATS 2022.
+        """
+        candidates = min(max(self.section.candidates or 2 * self.wanted(), count), len(present))
+        drawn = np.sort(self._some(rng, present, candidates))
+        known = np.array([self.losses.get(int(position), np.inf) for position in drawn])
+        return np.sort(drawn[np.argsort(-known, kind="stable")[:count]])
 
 
-def fixed_sample(most: int, seed: int, count: int) -> Selector:
+def fixed_sample(most: int, seed: int, count: int) -> Positions:
     """Choose the same clients in every round, for evaluation: at most `most` of `count`, drawn once."""
     if most >= count:
-        positions = np.arange(count)
-    else:
-        positions = np.sort(generator(seed, "evaluators").choice(count, most, replace=False))
+        return np.arange(count)
+    return np.sort(generator(seed, "evaluators").choice(count, most, replace=False))
 
-    def select(_round_number: int, node_ids: Sequence[int]) -> list[int]:
-        return [node_ids[position] for position in positions.tolist()]
 
-    return select
+def eligible(section: ClientsSection, base: Path, client_ids: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Tell which clients have the tags that `clients.where` asks for.
+
+    Args:
+        section: the wanted tags, and the file with all of them.
+        base: the experiment file's folder.
+        client_ids: names, in the order of the positions.
+
+    Returns:
+        `(clients,)`, true for those that may be asked.
+
+    Raises:
+        InputError: the file cannot be read, lacks a tag, or no client has all of them.
+    """
+    if section.tags is None or not section.where:
+        return np.ones(len(client_ids), dtype=bool)
+    tags = _read_tags(base / section.tags, section.where)
+    wanted = {tag: _text(value) for tag, value in section.where.items()}
+    fits = np.fromiter((wanted.items() <= tags.get(name, {}).items() for name in client_ids), bool, len(client_ids))
+    if not fits.any():
+        raise InputError(
+            "no client has the tags of clients.where",
+            got=", ".join(f"{tag} = {value}" for tag, value in wanted.items()),
+            expected=f"one of the {len(client_ids)} clients, such as {client_ids[0]}, with them in {section.tags}",
+        )
+    return fits
+
+
+def _read_tags(path: Path, wanted: Iterable[str]) -> Mapping[str, dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            columns = list(rows.fieldnames or ())
+            for column in ("client", *wanted):
+                if column not in columns:
+                    hint = nearest(column, columns)
+                    raise InputError(f"the file of clients.tags has no column {column!r}", got=str(path), hint=hint)
+            return {row["client"]: {tag: (row[tag] or "").strip() for tag in wanted} for row in rows}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"the file of clients.tags cannot be read ({error})", got=str(path)) from error
+
+
+def _text(value: str | bool | int) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
+from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedtrain import params
-from fedtrain.client.app import make_client_app
+from fedtrain.client.app import Site, make_client_app
+from fedtrain.client.state import ClientState
 from fedtrain.data.base import Examples
 from fedtrain.data.federated import PartitionedData, build
 from fedtrain.errors import InputError, InterruptedRunError, RunError, RunFolderError
@@ -23,18 +26,22 @@ from fedtrain.experiment.sections import Experiment
 from fedtrain.importing import raised
 from fedtrain.params import Params
 from fedtrain.rundir import Checkpoint, RunFolder
+from fedtrain.server.cohort import Cohort
 from fedtrain.server.manifest import Circumstances, new_manifest, refuse_other_run, resumed_manifest
 from fedtrain.server.rounds import Observer, Server
-from fedtrain.server.selection import fixed_sample, participants
+from fedtrain.server.selection import eligible
 from fedtrain.simulations.forkserver import wanted_workers
 from fedtrain.simulations.grid import Engine, InProcess, SimulationGrid
+from fedtrain.simulations.shared import Arena
 from fedtrain.simulations.workers import WorkerPool, Workers
-from fedtrain.strategies.adapter import FlowerStrategy
+from fedtrain.strategies.adapter import AlgorithmRunner, RoundStrategy
+from fedtrain.strategies.base import FederatedStrategy
 from fedtrain.strategies.registry import make_strategy
+from fedtrain.strategies.stock import StockStrategy
 from fedtrain.tasks.base import Task
 from fedtrain.tasks.registry import check_task, make_task
 from fedtrain.training.evaluation import evaluate
-from fedtrain.training.loop import build_model
+from fedtrain.training.loop import build_model, is_private
 
 __all__ = ["Places", "simulate"]
 
@@ -87,9 +94,10 @@ def simulate(experiment: Experiment, places: Places, observer: Observer) -> RunF
             data = build(experiment.data, places.data_root, places.base, experiment.seed)
             task = make_task(experiment.task, data.spec, places.base)
             _try_task(task, data)
+            strategy = make_strategy(experiment, len(data.client_ids()), places.base)
             stack.enter_context(folder.locked())
             refuse_other_run(folder, experiment, places.base)
-            simulation = _Simulation(experiment, places, observer, folder, data, task, device)
+            simulation = _Simulation(experiment, places, observer, folder, data, task, strategy, device)
             simulation.run(pool, count)
         except KeyboardInterrupt:
             raise InterruptedRunError(
@@ -108,13 +116,19 @@ class _Simulation:
     folder: RunFolder
     data: PartitionedData
     task: Task
+    strategy: FederatedStrategy | Strategy
     device: torch.device
 
     def run(self, pool: WorkerPool | None, workers: int) -> None:
         model = build_model(self.task, self.experiment.seed)
+        private = tuple(self.experiment.personalization.private)
+        travelling = params.exchanged(model)
+        initial = {name: t for name, t in travelling.items() if not is_private(name, private)}
+        _check_private(private, travelling, initial)
         self._begin(model, workers)
         try:
-            final = self._rounds(params.snapshot(params.exchanged(model)), pool)
+            buffers = dict(model.named_buffers()).keys()
+            final = self._rounds(params.snapshot(initial), buffers, pool)
             params.load(model, final)
             digest = self.folder.write_model(model.state_dict())
         except (InterruptedRunError, KeyboardInterrupt):
@@ -140,34 +154,33 @@ class _Simulation:
             manifest = new_manifest(self.experiment, now)
         self.folder.write_manifest(manifest)
 
-    def _rounds(self, initial: Params, pool: WorkerPool | None) -> Params:
+    def _rounds(self, initial: Params, buffers: Collection[str], pool: WorkerPool | None) -> Params:
         experiment, data = self.experiment, self.data
         names = data.client_ids()
-        algorithm = make_strategy(experiment.strategy).algorithm
-        evaluators = experiment.evaluation.max_clients if experiment.data.test else 0
-        strategy = FlowerStrategy(
-            algorithm,
-            initial,
-            select_train=participants(experiment.clients, experiment.seed, data.sizes()),
-            select_evaluate=fixed_sample(evaluators, experiment.seed, len(names)),
-        )
-        start = self._start(Checkpoint(0, initial, strategy.state))
-        strategy.state = start.state
+
+        def client_name(node_id: int) -> str:
+            return names[node_id - 1]
+
+        asynchrony = None
+        runner: RoundStrategy
+        if isinstance(self.strategy, FederatedStrategy):
+            runner = AlgorithmRunner(self.strategy.algorithm, initial, buffers)
+            asynchrony = self.strategy.asynchrony
+        else:
+            runner = StockStrategy(self.strategy, experiment.seed, client_name)
+        may_train = eligible(experiment.clients, self.places.base, names)
+        cohort = Cohort(experiment, np.where(may_train, data.sizes(), 0), asynchrony)
+        start = self._start(Checkpoint(0, initial, runner.state))
+        site = Site(self.places.base, ClientState(self.folder.clients), self.device)
         engine: Engine
         if pool is None:
-            engine = InProcess(make_client_app(experiment, self.task, data, self.device), names)
+            engine = InProcess(make_client_app(experiment, self.task, data, site), names)
         else:
-            engine = Workers(pool, (experiment, data, self.places.base), initial, str(self.device))
-        server = Server(
-            experiment,
-            strategy,
-            SimulationGrid(engine, len(names)),
-            self.folder,
-            client_name=lambda node_id: names[node_id - 1],
-            evaluate=self._central_evaluation(),
-            observer=self.observer,
-        )
-        return server.run(start)
+            beside = max(Arena.size_for(runner.share()), Arena.size_for(runner.extra(initial)))
+            engine = Workers(pool, (experiment, data, site), Arena.size_for(initial) + beside)
+        grid = SimulationGrid(engine, len(names))
+        central = self._central_evaluation()
+        return Server(experiment, runner, cohort, grid, self.folder, client_name, central, self.observer).run(start)
 
     def _start(self, fresh: Checkpoint) -> Checkpoint:
         """Take up the newest whole checkpoint; forget what was recorded after it."""
@@ -185,6 +198,8 @@ class _Simulation:
         return start
 
     def _central_evaluation(self) -> Callable[[Params], dict[str, float]]:
+        if self.experiment.personalization.private:
+            return lambda _: {}  # a model without its private parts is nobody's
         examples = self.data.central_test()
         model = build_model(self.task, self.experiment.seed).to(self.device)
 
@@ -206,6 +221,22 @@ def _try_task(task: Task, data: PartitionedData) -> None:
     largest = data.client_ids()[int(data.sizes().argmax())]
     train = data.client(largest).train
     check_task(task, Examples(train.inputs[:4], train.targets[:4]))
+
+
+def _check_private(patterns: tuple[str, ...], travelling: Params, left: Params) -> None:
+    for pattern in patterns:
+        if not any(is_private(name, (pattern,)) for name in travelling):
+            raise InputError(
+                "no parameter of the model has such a name",
+                got=f"personalization.private = {pattern}",
+                expected=f"a name or pattern among {', '.join(travelling)}",
+            )
+    if not left:
+        raise InputError(
+            "personalization.private leaves nothing to train together",
+            got=", ".join(patterns),
+            expected=f"patterns that leave some of {', '.join(travelling)}",
+        )
 
 
 def _device(experiment: Experiment) -> torch.device:

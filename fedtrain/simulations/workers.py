@@ -25,11 +25,10 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedtrain import flower
-from fedtrain.client.app import make_client_app
+from fedtrain.client.app import Site, make_client_app
 from fedtrain.data.base import FederatedData
 from fedtrain.errors import RunError
 from fedtrain.experiment.sections import Experiment
-from fedtrain.params import Params
 from fedtrain.simulations.forkserver import worker_context
 from fedtrain.simulations.grid import answer
 from fedtrain.simulations.shared import Arena, Index, SharedFolder, dumps, shared_bytes
@@ -108,32 +107,28 @@ class Workers:
 
     Args:
         pool: running processes.
-        setup: experiment, data, and the experiment file's folder: what the ClientApp is built from.
-        params: tensors like those that will travel, to size the shared memory.
-        device: "cpu" or a CUDA device.
+        setup: experiment, data, and where clients train: what the ClientApp is built from.
+        capacity: bytes of the tensors of one message, in either direction.
 
     Raises:
         RunError: there is no room for the shared memory, or a worker died.
     """
 
-    def __init__(
-        self, pool: WorkerPool, setup: tuple[Experiment, FederatedData, Path], params: Params, device: str
-    ) -> None:
+    def __init__(self, pool: WorkerPool, setup: tuple[Experiment, FederatedData, Site], capacity: int) -> None:
         self._pool = pool
         self._sizes = setup[1].sizes()
         self._free: dict[Connection, list[int]] = {c: list(range(_DEPTH)) for c in pool.connections}
-        size = Arena.size_for(params)
-        folder = SharedFolder(size * (1 + len(pool.connections) * _DEPTH) + shared_bytes(setup))
+        folder = SharedFolder(capacity * (1 + len(pool.connections) * _DEPTH) + shared_bytes(setup))
         try:
-            content = dumps((*setup, device), folder.path)
+            content = dumps(setup, folder.path)
             down = folder.path / "down"
-            self._down = Arena(down, size)
+            self._down = Arena(down, capacity)
             self._up: dict[Connection, list[Arena]] = {}
             for number, connection in enumerate(pool.connections):
                 up = [folder.path / f"up-{number}-{slot}" for slot in range(_DEPTH)]
-                self._up[connection] = [Arena(path, size) for path in up]
+                self._up[connection] = [Arena(path, capacity) for path in up]
                 self._send(connection, content)
-                self._send(connection, _Place(str(down), tuple(map(str, up)), size))
+                self._send(connection, _Place(str(down), tuple(map(str, up)), capacity))
             for connection in pool.connections:
                 self._receive(connection)
         finally:
@@ -218,12 +213,11 @@ def _worker(connection: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         # These bytes come from the parent process over its private pipe, never from a peer.
-        setup: tuple[Experiment, FederatedData, Path, str] = pickle.loads(connection.recv())  # noqa: S301
+        setup: tuple[Experiment, FederatedData, Site] = pickle.loads(connection.recv())  # noqa: S301
         place: _Place = connection.recv()
         try:
-            experiment, data, base, device = setup
-            task = make_task(experiment.task, data.spec, base)
-            app = make_client_app(experiment, task, data, torch.device(device))
+            experiment, data, site = setup
+            app = make_client_app(experiment, make_task(experiment.task, data.spec, site.base), data, site)
             client_ids = data.client_ids()
             down = Arena(Path(place.down), place.size)
             up = [Arena(Path(path), place.size) for path in place.up]

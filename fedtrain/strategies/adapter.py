@@ -1,26 +1,93 @@
-"""Our Algorithm as a flwr Strategy: what any grid of Flower can run."""
+"""Our Algorithm as a flwr Strategy, and what the round loop needs of any strategy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedtrain import flower, wire
-from fedtrain.params import Params
+from fedtrain.params import Params, RunningSum
 from fedtrain.strategies.base import Algorithm, State
 from fedtrain.training.evaluation import weighted_mean
 
-__all__ = ["FlowerStrategy", "Selector"]
+__all__ = ["AlgorithmRunner", "FlowerStrategy", "RoundStrategy", "Selector"]
 
 Selector = Callable[[int, Sequence[int]], Sequence[int]]
 """(round number, node ids) -> ids of the nodes to ask, in the order of the sum."""
 
 
-class FlowerStrategy(Strategy):
-    """A flwr Strategy around an Algorithm.
+class RoundStrategy(Protocol):
+    """What the round loop asks of a strategy: an Algorithm of ours, or any flwr Strategy."""
+
+    state: State
+    """Between two rounds: all that a resumed run needs to go on equal to the byte."""
+
+    def configure(self, round_number: int, params: Params, node_ids: Sequence[int]) -> Sequence[int]:
+        """Begin a round; return whom to ask of the nodes that were selected."""
+
+    def share(self) -> Params:
+        """Tensors that clients are sent beside the parameters."""
+
+    def extra(self, params: Params) -> Params:
+        """Names, shapes and dtypes of the tensors that an update must bring beside its delta."""
+
+    def objection(self, update: wire.Update) -> str | None:
+        """Why the strategy cannot use an update that has passed the gate."""
+
+    def aggregate(self, round_number: int, params: Params, updates: Iterable[wire.Update]) -> Params:
+        """Turn a round's updates, in client order, into the next parameters; none leave them as they are."""
+
+
+class AlgorithmRunner:
+    """An Algorithm with its state, as the round loop runs it.
+
+    Args:
+        algorithm: the server half of a strategy.
+        params: the initial global parameters.
+        buffers: names of those that are buffers of the model, not trained.
+    """
+
+    def __init__(self, algorithm: Algorithm, params: Params, buffers: Collection[str] = ()) -> None:
+        self._algorithm = algorithm
+        self._buffers = () if algorithm.takes_buffers else tuple(name for name in params if name in buffers)
+        self.state: State = algorithm.init(self._trained(params))
+
+    def configure(self, round_number: int, params: Params, node_ids: Sequence[int]) -> Sequence[int]:
+        return node_ids
+
+    def share(self) -> Params:
+        return self._algorithm.share(self.state)
+
+    def extra(self, params: Params) -> Params:
+        return self._algorithm.extra(self._trained(params))
+
+    def objection(self, update: wire.Update) -> str | None:
+        return self._algorithm.objection(update)
+
+    def aggregate(self, round_number: int, params: Params, updates: Iterable[wire.Update]) -> Params:
+        buffers = RunningSum(like={name: params[name] for name in self._buffers})
+
+        def trained() -> Iterable[wire.Update]:
+            for update in updates:
+                buffers.add(update.delta, update.num_examples)
+                yield replace(update, delta=self._trained(update.delta))
+
+        passing = trained() if self._buffers else updates
+        new, self.state = self._algorithm.apply(self.state, self._trained(params), passing)
+        means = buffers.mean()
+        return {name: params[name] + means[name] if name in means else new[name] for name in params}
+
+    def _trained(self, params: Params) -> Params:
+        return {name: t for name, t in params.items() if name not in self._buffers} if self._buffers else params
+
+
+class FlowerStrategy(AlgorithmRunner, Strategy):
+    """The same as a flwr Strategy, for a Flower server that knows nothing of fedtrain.
 
     Args:
         algorithm: the server half of a strategy.
@@ -30,9 +97,9 @@ class FlowerStrategy(Strategy):
     """
 
     def __init__(self, algorithm: Algorithm, params: Params, select_train: Selector, select_evaluate: Selector) -> None:
-        self._algorithm, self._params = algorithm, params
+        super().__init__(algorithm, params)
+        self._params = params
         self._select_train, self._select_evaluate = select_train, select_evaluate
-        self.state: State = algorithm.init(params)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -52,7 +119,7 @@ class FlowerStrategy(Strategy):
                 losses.append((dict(update.metrics), update.num_examples))
                 yield update
 
-        self._params, self.state = self._algorithm.apply(self.state, self._params, updates())
+        self._params = self.aggregate(server_round, self._params, updates())
         return flower.array_record(self._params), MetricRecord(dict(weighted_mean(losses)))
 
     def configure_evaluate(
@@ -73,7 +140,8 @@ class FlowerStrategy(Strategy):
     ) -> list[Message]:
         known = grid.get_node_ids()
         node_ids = known if isinstance(known, Sequence) else list(known)
+        shared = flower.array_record(self.share())
         return [
-            Message(wire.instruction_content(arrays, server_round), node_id, kind, group_id=str(server_round))
+            Message(wire.instruction_content(arrays, server_round, shared), node_id, kind, group_id=str(server_round))
             for node_id in select(server_round, node_ids)
         ]

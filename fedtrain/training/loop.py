@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,22 +17,54 @@ from fedtrain.experiment.sections import TrainingSection
 from fedtrain.params import Params
 from fedtrain.seeds import generator, global_torch_seed
 from fedtrain.tasks.base import Task
+from fedtrain.training.evaluation import evaluate
 from fedtrain.training.layout import in_layout, memory_format
-from fedtrain.training.optimizer import Tensors, make_step
+from fedtrain.training.optimizer import make_step
+from fedtrain.training.rules import LocalEnd, LocalRule, LocalStart, Tensors
 
-__all__ = ["LocalResult", "LocalRule", "Trainer", "build_model"]
+__all__ = ["Assignment", "LocalResult", "Recipe", "Trainer", "build_model", "is_private"]
+
+_LOSS_BATCH = 1000  # examples per forward pass where a rule asks for the mean loss; part of it to the last bit
 
 
-class LocalRule(NamedTuple):
-    """The client half of a strategy: how local training departs from plain SGD.
+@dataclass(frozen=True)
+class Recipe:
+    """How every client trains.
 
-    `State` is whatever `begin` returns; it lives for one round of one client.
+    Attributes:
+        training: the experiment's training section.
+        rule: the strategy's client half; None trains plainly.
+        personal_rule: by which a personal model is trained beside the global one; None for no such model.
+        private: patterns of parameter names that never leave the client, such as "head.*".
     """
 
-    begin: Callable[[Tensors], Any]
-    """(server's values of the trained parameters) -> state."""
-    correct_gradient: Callable[[Any, Tensors, Tensors], Tensors]
-    """(state, trained parameters, gradients) -> gradients to step with. All lists are in the model's order."""
+    training: TrainingSection
+    rule: LocalRule | None = None
+    personal_rule: LocalRule | None = None
+    private: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one client does in one round.
+
+    Attributes:
+        round_number: names the random streams.
+        client_id: names the random streams.
+        params: the server's tensors: those of the model that are exchanged.
+        shared: what the strategy sent beside them.
+        kept: what this client kept from its last round; empty in the first.
+        lr_factor: factor of the learning rate in this round.
+        work: share of the local steps that there is time for; at least one step is taken.
+    """
+
+    round_number: int
+    client_id: str
+    params: Params
+    shared: Params = field(default_factory=dict)
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    lr_factor: float = 1.0
+    work: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,17 +75,36 @@ class LocalResult:
         delta: trained parameters minus the server's, contiguous CPU tensors.
         num_examples: examples in the client's training set.
         loss: mean training loss over the examples seen, while the model changed.
+        extra: what the strategy wants beside the delta.
+        kept: what stays on the client for its next round; empty if nothing does.
     """
 
     delta: dict[str, Tensor]
     num_examples: int
     loss: float
+    extra: Params
+    kept: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """A training of one model in a client's round: the global, the personal or the fine-tuned one."""
+
+    stream: str
+    training: TrainingSection
+    rule: LocalRule | None = None
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_model(task: Task, seed: int) -> nn.Module:
     """Build the task's model with the initial weights of this run: the same on the server and on every client."""
     with global_torch_seed(seed, "model"):
         return task.model()
+
+
+def is_private(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a parameter stays on the client: its name matches a pattern such as "head.*"."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class Trainer:
@@ -62,81 +114,143 @@ class Trainer:
 
     Args:
         task: model and loss.
-        section: the experiment's training section.
+        recipe: how to train.
         seed: the experiment's seed.
         device: where to train.
-        rule: the strategy's client half; None trains plainly.
     """
 
-    def __init__(
-        self, task: Task, section: TrainingSection, seed: int, device: torch.device, rule: LocalRule | None = None
-    ) -> None:
-        self._task, self._section, self._seed, self._device, self._rule = task, section, seed, device, rule
+    def __init__(self, task: Task, recipe: Recipe, seed: int, device: torch.device) -> None:
+        self._task, self._recipe, self._seed, self._device = task, recipe, seed, device
         self.model = build_model(task, seed).to(device)
         self._layout = memory_format(task)
         self.model.to(memory_format=self._layout)  # type: ignore[call-overload]
         travelling = P.exchanged(self.model)
-        self._staying = {name: b.clone() for name, b in self.model.named_buffers() if name not in travelling}
-        self._trained: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        self._private = [name for name in travelling if is_private(name, recipe.private)]
+        # What an earlier client may have left in the model, with its initial value.
+        staying = {n: b for n, b in self.model.named_buffers() if n not in travelling}
+        self._initial = {n: t.clone() for n, t in (staying | {n: travelling[n] for n in self._private}).items()}
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._names = [name for name in trained if name not in self._private]
+        # The private ones last, for a rule sees only those before them.
+        self._trained: list[Tensor] = [trained[n] for n in sorted(trained, key=self._private.__contains__)]
 
-    def load(self, values: Params) -> None:
-        """Write the server's parameters into the model, and forget what an earlier client left in it besides."""
-        P.load(self.model, values)
-        buffers = dict(self.model.named_buffers())
-        for name, initial in self._staying.items():
-            buffers[name].copy_(initial)
+    def load(self, values: Params, kept: Mapping[str, Any]) -> None:
+        """Write the server's parameters and a client's private ones into the model; forget all earlier clients."""
+        tensors = dict(self.model.named_buffers()) | P.exchanged(self.model)
+        for name, initial in self._initial.items():
+            tensors[name].copy_(initial)
+        P.load(self.model, {**values, **kept.get("private", {})})
 
-    def train(
-        self, start: Params, examples: Examples, *, round_number: int, client_id: str, lr_factor: float
-    ) -> LocalResult:
-        """Train from the server's parameters on one client's examples.
+    def train(self, assignment: Assignment, examples: Examples) -> LocalResult:
+        """Train from the server's parameters on one client's examples, which must not be empty."""
+        kept = assignment.kept
+        self.load(assignment.params, kept)
+        examples = self._place(examples)
+        phase = _Phase("batches", self._recipe.training, self._recipe.rule, kept.get("rule", {}))
+        loss, extra, rule_kept = self._fit(assignment, examples, phase)
+        after = P.exchanged(self.model)  # named anew: a model may put new buffers in place of the old
+        delta = P.snapshot({name: after[name] for name in assignment.params})
+        for name, t in delta.items():
+            t.sub_(assignment.params[name])
+        keep: dict[str, Any] = {"rule": rule_kept} if rule_kept else {}
+        if self._private:
+            keep["private"] = P.snapshot({name: after[name] for name in self._private})
+        if self._recipe.personal_rule:
+            self.load({**assignment.params, **kept.get("personal", {})}, kept)
+            self._fit(assignment, examples, _Phase("personal", self._recipe.training, self._recipe.personal_rule))
+            keep["personal"] = P.snapshot(P.exchanged(self.model))
+        return LocalResult(delta, len(examples), loss, P.snapshot(extra), keep)
+
+    def personalize(self, assignment: Assignment, examples: Examples, epochs: int) -> bool:
+        """Put the client's own model in place: the one it trains beside the global one, or a fine-tuned copy of that.
 
         Args:
-            start: exactly the tensors of `params.exchanged(model)`.
-            examples: the client's training set, not empty.
-            round_number: names the random stream.
-            client_id: names the random stream.
-            lr_factor: factor of the learning rate in this round.
+            assignment: the client and the server's parameters.
+            examples: the client's training set.
+            epochs: passes of fine-tuning; 0 for none.
+
+        Returns:
+            Whether the client has such a model; if not, the model is the global one.
         """
-        self.load(start)
+        personal = assignment.kept.get("personal", {})
+        self.load({**assignment.params, **personal}, assignment.kept)
+        if epochs and len(examples):
+            training = self._recipe.training.model_copy(update={"local_epochs": epochs, "local_steps": None})
+            self._fit(assignment, self._place(examples), _Phase("fine-tune", training))
+        return bool(personal) or (epochs > 0 and len(examples) > 0)
+
+    def _fit(
+        self, assignment: Assignment, examples: Examples, phase: _Phase
+    ) -> tuple[float, Params, Mapping[str, Any]]:
+        """Train the model as it stands; return the mean loss on the way, and what the rule gives and keeps."""
+        rule, training = phase.rule, phase.training
+        state = rule.begin(self._start(assignment, examples, phase)) if rule else None
+        correct = rule.correct_gradient if rule else None
+        ruled = len(self._names)
         self.model.train()
-        examples = self._place(examples)
-        step = make_step(self._section.optimizer, self._trained, lr_factor)
-        rule_state = self._rule.begin([p.detach().clone() for p in self._trained]) if self._rule else None
+        step = make_step(training.optimizer, self._trained, assignment.lr_factor)
+        steps = _steps(len(examples), training, assignment.work)
         losses: list[Tensor] = []
         seen = 0
-        rng = generator(self._seed, "batches", round_number, client_id)
-        with global_torch_seed(self._seed, "dropout", round_number, client_id):
-            for inputs, targets in _batches(examples, self._section, rng):
+        names = (assignment.round_number, assignment.client_id)
+        rng = generator(self._seed, phase.stream, *names)
+        with global_torch_seed(self._seed, "dropout", phase.stream, *names):
+            for inputs, targets in _batches(examples, training.batch_size, steps, rng):
                 example_losses = self._task.loss(self.model(inputs), targets)
                 loss = example_losses.mean()
                 gradients: Tensors = torch.autograd.grad(loss, self._trained, materialize_grads=True)
-                if self._rule:
-                    gradients = self._rule.correct_gradient(rule_state, self._trained, gradients)
+                if correct:
+                    gradients = [*correct(state, self._trained[:ruled], gradients[:ruled]), *gradients[ruled:]]
                 step(gradients)
                 losses.append(loss.detach() * len(targets))
                 seen += len(targets)
-        delta = P.snapshot(P.exchanged(self.model))  # named anew: a model may put new buffers in place of the old
-        for name, t in delta.items():
-            t.sub_(start[name])
         mean_loss = float(torch.stack(losses).double().sum()) / seen
-        return LocalResult(delta, len(examples), mean_loss)
+        if rule is None or rule.finish is None:
+            return mean_loss, {}, {}
+        return mean_loss, *rule.finish(state, LocalEnd([p.detach() for p in self._trained[:ruled]], steps))
+
+    def _start(self, assignment: Assignment, examples: Examples, phase: _Phase) -> LocalStart:
+        def mean_loss() -> float:
+            return evaluate(self.model, self._task, examples, _LOSS_BATCH)["loss"]
+
+        return LocalStart(
+            names=self._names,
+            values=[assignment.params[name].to(self._device, copy=True) for name in self._names],
+            shared=_moved(assignment.shared, self._device),
+            kept=_moved(phase.kept, self._device),
+            lr=phase.training.optimizer.lr * assignment.lr_factor,
+            mean_loss=mean_loss,
+        )
 
     def _place(self, examples: Examples) -> Examples:
         inputs, targets = examples.inputs.to(self._device), examples.targets.to(self._device)
         return Examples(in_layout(inputs, self._layout), targets)
 
 
-def _batches(examples: Examples, section: TrainingSection, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield shuffled batches: whole passes for local_epochs, or exactly local_steps of them."""
+def _moved(state: Any, device: torch.device) -> Any:
+    """The same state with its tensors on a device."""
+    if isinstance(state, Mapping):
+        return {name: _moved(value, device) for name, value in state.items()}
+    return state.to(device) if isinstance(state, Tensor) else state
+
+
+def _steps(size: int, training: TrainingSection, work: float) -> int:
+    """Optimiser steps of a round on so many examples."""
+    per_pass = -(-size // min(training.batch_size, size))
+    whole = training.local_steps or per_pass * (training.local_epochs or 1)
+    return max(1, int(whole * work + 1e-9))
+
+
+def _batches(
+    examples: Examples, batch_size: int, steps: int, rng: np.random.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield so many shuffled batches, in as many passes as that takes."""
     size = len(examples)
-    batch = min(section.batch_size, size)
-    per_pass = -(-size // batch)
-    steps = section.local_steps or per_pass * (section.local_epochs or 1)
+    batch = min(batch_size, size)
     while steps > 0:
         # Rows are put in order once per pass; slices of the result cost nothing.
         order = torch.from_numpy(rng.permutation(size)).to(examples.inputs.device)
         inputs, targets = examples.inputs[order], examples.targets[order]
         for first in range(0, size, batch)[:steps]:
             yield inputs[first : first + batch], targets[first : first + batch]
-        steps -= per_pass
+        steps -= -(-size // batch)

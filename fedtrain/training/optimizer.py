@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from fedtrain.experiment.sections import AdamSection, ScheduleSection, SgdSection
+from fedtrain.training.rules import Tensors
 
-__all__ = ["Step", "Tensors", "lr_factor", "make_step"]
-
-Tensors = list[Tensor] | tuple[Tensor, ...]
+__all__ = ["Step", "lr_factor", "make_step"]
 
 Step = Callable[[Tensors], None]
 """Takes the gradients, one per parameter, and changes the parameters in place."""

@@ -1,4 +1,5 @@
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +10,8 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from fedtrain import flower, wire
-from fedtrain.client.app import CLIENT_ID, make_client_app
+from fedtrain.client.app import CLIENT_ID, Site, make_client_app
+from fedtrain.client.state import ClientState
 from fedtrain.data.base import ClientData, DataSpec, Examples
 from fedtrain.experiment.sections import Experiment
 from fedtrain.tasks.base import Metric
@@ -79,9 +81,13 @@ class TwoClinics:
         return ""
 
 
+def site(folder: Path) -> Site:
+    return Site(folder, ClientState(folder / "clients"), torch.device("cpu"))
+
+
 @pytest.fixture
-def app() -> ClientApp:
-    return make_client_app(EXPERIMENT, Squares(), TwoClinics(), torch.device("cpu"))
+def app(tmp_path: Path) -> ClientApp:
+    return make_client_app(EXPERIMENT, Squares(), TwoClinics(), site(tmp_path))
 
 
 def ask(app: ClientApp, kind: str, client_id: str, round_number: int = 2) -> RecordDict:

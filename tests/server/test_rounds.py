@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message
@@ -16,9 +17,11 @@ from fedtrain.experiment.sections import Experiment
 from fedtrain.params import Params
 from fedtrain.records import RoundRecord
 from fedtrain.rundir import Checkpoint, RunFolder
+from fedtrain.server.cohort import Cohort
 from fedtrain.server.rounds import Server
 from fedtrain.simulations.grid import InProcess, SimulationGrid
-from fedtrain.strategies.adapter import FlowerStrategy
+from fedtrain.strategies.adapter import AlgorithmRunner
+from fedtrain.strategies.base import FederatedStrategy
 from fedtrain.strategies.fedavg import fedavg
 
 NAMES = tuple(string.ascii_lowercase)
@@ -56,7 +59,7 @@ class Trial:
     path: Path
     deltas: Sequence[float | None] = (1.0, 2.0, 3.0, 4.0)
     accuracies: Sequence[float] = (1.0, 0.0, 0.0, 0.5)
-    ask: Callable[[int, Sequence[int]], Sequence[int]] = lambda _, node_ids: node_ids
+    strategy: FederatedStrategy = field(default_factory=fedavg)
     central: Callable[[Params], dict[str, float]] = lambda params: {"loss": float(params["w"])}
     told: Told = field(default_factory=Told)
 
@@ -67,13 +70,15 @@ class Trial:
     def run(self, **sections: object) -> dict[str, list[float]]:
         """Run from the start and return the final parameters."""
         sections = {"rounds": 1, "evaluation": {"max_clients": 100}, **sections}
-        experiment = Experiment.model_validate({"data": {"name": "digits", "clients": 100}, **sections})
-        strategy = FlowerStrategy(fedavg().algorithm, START, self.ask, lambda _, node_ids: node_ids)
+        data = {"name": "digits", "clients": 100, "test": 0.2}
+        experiment = Experiment.model_validate({"data": data, **sections})
+        runner = AlgorithmRunner(self.strategy.algorithm, START)
+        cohort = Cohort(experiment, np.arange(1, len(self.deltas) + 1), self.strategy.asynchrony)
         grid = SimulationGrid(InProcess(self._app(), NAMES), len(self.deltas))
-        server = Server(
-            experiment, strategy, grid, self.folder, lambda node_id: NAMES[node_id - 1], self.central, self.told
-        )
-        return {name: t.tolist() for name, t in server.run(Checkpoint(0, START, strategy.state)).items()}
+        names = lambda node_id: NAMES[node_id - 1]  # noqa: E731
+        server = Server(experiment, runner, cohort, grid, self.folder, names, self.central, self.told)
+        start = self.folder.latest_checkpoint(self.told.notice) or Checkpoint(0, START, runner.state)
+        return {name: t.tolist() for name, t in server.run(start).items()}
 
     def record(self, round_number: int = 1) -> RoundRecord:
         return self.folder.read_rounds()[round_number]
@@ -94,7 +99,11 @@ class Trial:
             if delta is None:
                 raise RunError("the clinic is closed")
             update = wire.Update(
-                name, wire.instruction(message).round_number, {"w": torch.tensor([delta])}, examples(name)
+                name,
+                wire.instruction(message).round_number,
+                {"w": torch.tensor([delta])},
+                examples(name),
+                {"loss": 1.0},
             )
             return Message(wire.update_content(update), reply_to=message)
 
@@ -160,11 +169,13 @@ def test_the_quorum_is_met_exactly_where_a_product_would_round_up(trial: Callabl
 
 
 def test_nobody_was_drawn(trial: Callable[..., Trial]) -> None:
-    run = trial(ask=lambda round_number, node_ids: [] if round_number == 1 else node_ids)
-    assert run.run(rounds=2, clients={"quorum": 1.0}) == {"w": [13.0]}
-    assert run.told.notices == ["round 1: no client was drawn; the model stays as it is"]
-    assert (run.record().participants, run.record().update_norm, run.record().bytes_up) == ([], 0.0, 0)
-    assert run.record(2).participants == ["a", "b", "c", "d"]
+    run = trial(deltas=(1.0, 1.0))
+    run.run(rounds=8, clients={"quorum": 1.0, "per_round": 1, "sampling": "poisson"})
+    drawn = [record.participants for record in run.folder.read_rounds()[1:]]
+    empty = drawn.index([]) + 1
+    assert f"round {empty}: no client was drawn; the model stays as it is" in run.told.notices
+    assert (run.record(empty).update_norm, run.record(empty).bytes_up) == (0.0, 0)
+    assert ["a", "b"] in drawn
 
 
 def test_the_bytes_of_evaluation_are_counted(trial: Callable[..., Trial]) -> None:

@@ -9,7 +9,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedtrain import flower, wire
-from fedtrain.client.app import CLIENT_ID, make_client_app
+from fedtrain.client.app import CLIENT_ID, Site, make_client_app
+from fedtrain.client.state import ClientState
 from fedtrain.data.federated import build
 from fedtrain.errors import RunError
 from fedtrain.experiment.sections import Experiment
@@ -108,7 +109,8 @@ def test_a_stock_strategy_of_flwr_trains_on_it() -> None:
     )
     data = build(experiment.data, None, Path(), seed=0)
     task = make_task(experiment.task, data.spec, Path())
-    app = make_client_app(experiment, task, data, torch.device("cpu"))
+    site = Site(Path(), ClientState(Path("clients")), torch.device("cpu"))  # FedAvg keeps nothing
+    app = make_client_app(experiment, task, data, site)
     three = SimulationGrid(InProcess(app, data.client_ids()), 3)
     params = snapshot(exchanged(build_model(task, 0)))
     stock = FedAvg(min_available_nodes=3)

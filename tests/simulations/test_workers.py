@@ -9,13 +9,15 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedtrain import flower, wire
-from fedtrain.client.app import make_client_app
+from fedtrain.client.app import Site, make_client_app
+from fedtrain.client.state import ClientState
 from fedtrain.data.federated import PartitionedData, build
 from fedtrain.errors import RunError
 from fedtrain.experiment.sections import Experiment
 from fedtrain.params import Params, exchanged, snapshot
 from fedtrain.simulations import workers
 from fedtrain.simulations.grid import InProcess, SimulationGrid
+from fedtrain.simulations.shared import Arena
 from fedtrain.simulations.workers import WorkerPool, Workers
 from fedtrain.tasks.registry import make_task
 from fedtrain.training.loop import build_model
@@ -33,6 +35,7 @@ EXPERIMENT = Experiment.model_validate(
     }
 )
 COUNT = 20
+SITE = Site(Path(), ClientState(Path("clients")), torch.device("cpu"))  # FedAvg keeps nothing
 
 
 @dataclass
@@ -59,9 +62,9 @@ def setting(data: PartitionedData) -> Iterator[Setting]:
     pool = WorkerPool(2, threads=1)
     try:
         task = make_task(EXPERIMENT.task, data.spec, Path())
-        app = make_client_app(EXPERIMENT, task, data, torch.device("cpu"))
+        app = make_client_app(EXPERIMENT, task, data, SITE)
         params = snapshot(exchanged(build_model(task, EXPERIMENT.seed)))
-        engine = Workers(pool, (EXPERIMENT, data, Path()), params, "cpu")
+        engine = Workers(pool, (EXPERIMENT, data, SITE), Arena.size_for(params))
         yield Setting(data, params, SimulationGrid(InProcess(app, data.client_ids()), COUNT), engine)
     finally:
         pool.close()
@@ -165,7 +168,7 @@ def test_a_worker_that_was_killed_while_idle_is_named(data: PartitionedData, set
     others = set(multiprocessing.active_children())
     pool = WorkerPool(1, threads=1)
     try:
-        engine = Workers(pool, (EXPERIMENT, data, Path()), setting.params, "cpu")
+        engine = Workers(pool, (EXPERIMENT, data, SITE), Arena.size_for(setting.params))
         (worker,) = set(multiprocessing.active_children()) - others
         worker.kill()
         worker.join()

@@ -13,8 +13,8 @@ from fedtrain.data.base import Examples
 from fedtrain.experiment.sections import SgdSection, TrainingSection
 from fedtrain.seeds import generator
 from fedtrain.tasks.base import Metric
-from fedtrain.training.loop import LocalResult, LocalRule, Trainer
-from fedtrain.training.optimizer import Tensors
+from fedtrain.training.loop import Assignment, LocalResult, Recipe, Trainer
+from fedtrain.training.rules import LocalEnd, LocalRule, LocalStart, Tensors
 
 SEED = 5
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ class Squares:
 
 def trainer(task: Squares, rule: LocalRule | None = None, lr: float = 0.1, **section: int) -> Trainer:
     training = TrainingSection.model_validate({"optimizer": SgdSection(lr=lr), **section})
-    return Trainer(task, training, SEED, CPU, rule)
+    return Trainer(task, Recipe(training, rule), SEED, CPU)
 
 
 def initial(of: Trainer) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ def train(
     with_: Trainer, examples: Examples, start: P.Params | None = None, who: str = "a", when: int = 1
 ) -> LocalResult:
     start = start or initial(with_)
-    return with_.train(start, examples, round_number=when, client_id=who, lr_factor=1.0)
+    return with_.train(Assignment(when, who, start), examples)
 
 
 def line() -> nn.Module:
@@ -81,7 +81,7 @@ def assert_same(one: LocalResult, other: LocalResult) -> None:
 def test_one_full_batch_step_by_hand() -> None:
     start = {"weight": torch.tensor([[1.0]]), "bias": torch.tensor([0.0])}
     examples = Examples(torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 0.0]))
-    result = trainer(Squares(line)).train(start, examples, round_number=1, client_id="a", lr_factor=0.5)
+    result = trainer(Squares(line)).train(Assignment(1, "a", start, lr_factor=0.5), examples)
     # Squared errors 1 and 4; slopes (2*1*1 + 2*2*2)/2 = 5 and (2*1 + 2*2)/2 = 3; learning rate 0.1 * 0.5.
     assert result.delta["weight"].item() == pytest.approx(-0.25)
     assert result.delta["bias"].item() == pytest.approx(-0.15)
@@ -92,7 +92,7 @@ def test_one_full_batch_step_by_hand() -> None:
 def test_it_equals_a_plain_torch_loop() -> None:
     examples, optimizer = draw(10, 3), SgdSection(lr=0.05, momentum=0.9, weight_decay=0.1)
     section = TrainingSection(optimizer=optimizer, batch_size=4, local_epochs=2)
-    ours = Trainer(Squares(perceptron), section, SEED, CPU)
+    ours = Trainer(Squares(perceptron), Recipe(section), SEED, CPU)
     start = initial(ours)
     model = perceptron()
     model.load_state_dict(start)
@@ -222,8 +222,8 @@ def test_a_delta_is_contiguous_whatever_the_layout() -> None:
 
 
 def proximal(mu: float) -> LocalRule:
-    def correct(start: Tensors, now: Tensors, gradients: Tensors) -> Tensors:
-        return [g + mu * (w - w0) for w0, w, g in zip(start, now, gradients, strict=True)]
+    def correct(start: LocalStart, now: Tensors, gradients: Tensors) -> Tensors:
+        return [g + mu * (w - w0) for w0, w, g in zip(start.values, now, gradients, strict=True)]
 
     return LocalRule(begin=lambda start: start, correct_gradient=correct)
 
@@ -245,3 +245,111 @@ def test_a_strong_pull_holds_the_model_where_the_server_left_it() -> None:
 def test_a_rule_that_does_nothing_equals_none_bit_for_bit() -> None:
     ruled, plain = (trainer(Squares(perceptron), rule, batch_size=4, local_epochs=2) for rule in (proximal(0.0), None))
     assert_same(train(ruled, draw(10, 3)), train(plain, draw(10, 3)))
+
+
+def test_partial_work_is_the_first_part_of_the_steps() -> None:
+    part, whole = (Squares(line) for _ in range(2))
+    for task, work in ((part, 0.5), (whole, 1.0)):
+        of = trainer(task, batch_size=2, local_epochs=2)
+        of.train(Assignment(1, "a", initial(of), work=work), Examples(torch.ones(5, 1), torch.arange(5.0)))
+    assert part.batches == whole.batches[:3]  # of six
+    of = trainer(Squares(line), local_steps=1)
+    of.train(Assignment(1, "a", initial(of), work=0.01), draw(4, 1))  # at least one step
+
+
+def test_a_rule_is_told_what_it_may_use_and_what_it_gives_goes_on() -> None:
+    told: list[LocalStart] = []
+
+    def begin(start: LocalStart) -> LocalStart:
+        told.append(start)
+        return start
+
+    def finish(start: LocalStart, end: LocalEnd) -> tuple[dict[str, Tensor], dict[str, object]]:
+        return {"steps": torch.tensor(end.steps)}, {"rounds": start.kept.get("rounds", 0) + 1, "last": end.values[0]}
+
+    of = trainer(Squares(slope), LocalRule(begin, finish=finish), local_steps=3, lr=0.1)
+    examples, start = Examples(torch.ones(2, 1), torch.tensor([0.0, 4.0])), {"weight": torch.ones(1, 1)}
+    first = of.train(Assignment(1, "a", start, shared={"c": torch.tensor(5.0)}, lr_factor=0.5), examples)
+    assert (told[0].names, told[0].lr, told[0].shared["c"].item()) == (["weight"], 0.05, 5.0)
+    assert told[0].values[0].tolist() == [[1.0]]  # still, after the steps
+    assert told[0].mean_loss() != 5.0  # of the model as it is when asked: (1 + 9) / 2 at the start
+    assert first.extra["steps"].item() == 3
+    kept = first.kept["rule"]
+    assert (kept["rounds"], kept["last"].tolist()) == (1, (start["weight"] + first.delta["weight"]).tolist())
+    assert of.train(Assignment(2, "a", start, kept=first.kept), examples).kept["rule"]["rounds"] == 2
+
+
+def test_the_loss_that_a_rule_asks_for_is_that_of_the_servers_model() -> None:
+    losses: list[float] = []
+    of = trainer(Squares(slope), LocalRule(lambda start: losses.append(start.mean_loss())), local_steps=3)
+    of.train(
+        Assignment(1, "a", {"weight": torch.ones(1, 1)}), Examples(torch.ones(2, 1), torch.tensor([0.0, 4.0]))
+    )
+    assert losses == [5.0]  # (1 + 9) / 2
+
+
+def private(*patterns: str) -> Trainer:
+    training = TrainingSection(local_steps=2, optimizer=SgdSection(lr=0.1))
+    return Trainer(Squares(perceptron), Recipe(training, private=patterns), SEED, CPU)
+
+
+def shared_part(of: Trainer) -> dict[str, Tensor]:
+    return {name: t for name, t in initial(of).items() if not name.startswith("2.")}
+
+
+def test_private_parameters_train_stay_and_are_found_again() -> None:
+    of = private("2.*")
+    start, head = shared_part(of), initial(of)["2.weight"]
+    first = of.train(Assignment(1, "a", start), draw(6, 3))
+    assert first.delta.keys() == start.keys()
+    assert not torch.equal(first.kept["private"]["2.weight"], head)
+    again = of.train(Assignment(2, "a", start, kept=first.kept), draw(6, 3))
+    anew = of.train(Assignment(2, "a", start), draw(6, 3))
+    assert not torch.equal(again.delta["0.weight"], anew.delta["0.weight"])
+    of.load(start, first.kept)
+    assert torch.equal(P.exchanged(of.model)["2.weight"], first.kept["private"]["2.weight"])
+    of.load(start, {})  # another client's head is forgotten
+    assert torch.equal(P.exchanged(of.model)["2.weight"], head)
+
+
+def test_a_rule_does_not_see_private_parameters() -> None:
+    seen: list[int] = []
+
+    def correct(_: object, now: Tensors, gradients: Tensors) -> Tensors:
+        seen.append(len(gradients))
+        return [torch.zeros_like(g) for g in gradients]
+
+    training = TrainingSection(local_steps=1, optimizer=SgdSection(lr=0.1))
+    rule = LocalRule(lambda start: start.names, correct)
+    of = Trainer(Squares(perceptron), Recipe(training, rule, private=("0.*",)), SEED, CPU)
+    start = {name: t for name, t in initial(of).items() if name.startswith("2.")}
+    result = of.train(Assignment(1, "a", start), draw(6, 3))
+    assert seen == [2]
+    assert P.l2_norm(result.delta) == 0.0  # the rule took their gradients away
+    assert not torch.equal(result.kept["private"]["0.weight"], initial(of)["0.weight"] * 0)
+
+
+def test_a_personal_model_goes_its_own_way_and_the_global_update_does_not_notice() -> None:
+    training = TrainingSection(local_steps=3, optimizer=SgdSection(lr=0.1))
+    plain = Trainer(Squares(perceptron), Recipe(training), SEED, CPU)
+    both = Trainer(Squares(perceptron), Recipe(training, personal_rule=proximal(0.0)), SEED, CPU)
+    start, examples = initial(plain), draw(8, 3)
+    first = both.train(Assignment(1, "a", start), examples)
+    assert_same(first, plain.train(Assignment(1, "a", start), examples))
+    second = both.train(Assignment(2, "a", start, kept=first.kept), examples)
+    far, near = (P.l2_norm(P.difference(result.kept["personal"], start)) for result in (second, first))
+    assert far > near > 0  # it went on from where it was, though the server's model did not move
+    assert both.personalize(Assignment(2, "a", start, kept=second.kept), examples, 0)
+    assert all(torch.equal(t, second.kept["personal"][n]) for n, t in P.exchanged(both.model).items())
+    assert not both.personalize(Assignment(2, "b", start), examples, 0)  # a client that never trained
+    assert all(torch.equal(t, start[n]) for n, t in P.exchanged(both.model).items())
+
+
+def test_fine_tuning_trains_a_copy_of_the_global_model() -> None:
+    of = trainer(Squares(perceptron), local_steps=50)
+    start, examples = initial(of), draw(8, 3)
+    assert of.personalize(Assignment(3, "a", start), examples, 2)
+    tuned = P.snapshot(P.exchanged(of.model))
+    assert 0 < P.l2_norm(P.difference(tuned, start)) < 1
+    of.personalize(Assignment(3, "a", start), examples, 2)
+    assert all(torch.equal(t, tuned[n]) for n, t in P.exchanged(of.model).items())

@@ -1,0 +1,89 @@
+"""The clients as the server sees them: whom to ask, whose update to use, and what is remembered of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtrain.experiment.sections import Experiment
+from fedtrain.params import Params
+from fedtrain.server.gate import Gate
+from fedtrain.server.schedule import Buffered, InStep, Schedule, Turn
+from fedtrain.server.selection import Crowd, fixed_sample
+from fedtrain.strategies.adapter import RoundStrategy
+from fedtrain.strategies.base import Asynchrony
+from fedtrain.wire import Update
+
+__all__ = ["Cohort"]
+
+
+class Cohort:
+    """Everything about clients that lasts longer than a round.
+
+    Args:
+        experiment: who takes part, when, and what the gate lets through.
+        sizes: `(clients,)` training examples; 0 for those that are not to be asked.
+        asynchrony: of the strategy; None for rounds.
+    """
+
+    def __init__(self, experiment: Experiment, sizes: npt.NDArray[np.int64], asynchrony: Asynchrony | None) -> None:
+        self._experiment, self._asynchrony = experiment, asynchrony
+        self._crowd = Crowd(experiment.clients, experiment.seed, sizes)
+        most = experiment.evaluation.max_clients if experiment.data.test else 0
+        self.evaluators: Sequence[int] = fixed_sample(most, experiment.seed, len(sizes)).tolist()
+        self._pending: dict[tuple[int, int], Update] = {}
+
+    def begin(self, strategy: RoundStrategy, params: Params, memory: Mapping[str, Any]) -> None:
+        """Take up what an earlier part of the run remembered; nothing for a new one.
+
+        Args:
+            strategy: says what an update must bring.
+            params: the global parameters.
+            memory: what `memory` returned.
+        """
+        extra, also = strategy.extra(params), strategy.objection
+        self.gate = Gate(self._experiment.gate, params, extra, memory.get("gate"), also=also)
+        self._crowd.absent = set(memory.get("absent", ()))
+        self._crowd.losses = {int(client): loss for client, loss in memory.get("losses", {}).items()}
+        updates = [Update(**update) for update in memory.get("pending", {}).values()]
+        places = [tuple(map(int, place.split(":"))) for place in memory.get("pending", {})]
+        self._pending = {(client, start): update for (client, start), update in zip(places, updates, strict=True)}
+        self._schedule: Schedule = InStep(self._crowd)
+        if self._asynchrony:
+            self._schedule = Buffered(self._crowd, self._asynchrony, memory.get("schedule", {}))
+
+    def memory(self) -> dict[str, Any]:
+        """What a resumed run needs to go on alike."""
+        return {
+            "gate": self.gate.memory(),
+            "schedule": self._schedule.memory(),
+            "absent": sorted(self._crowd.absent),
+            "losses": {str(client): loss for client, loss in self._crowd.losses.items()},
+            "pending": {f"{client}:{start}": vars(update) for (client, start), update in self._pending.items()},
+        }
+
+    def turn(self, round_number: int) -> Turn:
+        """Plan the next round."""
+        return self._schedule.turn(round_number)
+
+    def used(self, turn: Turn, arrived: Iterable[tuple[int, Update]]) -> Iterator[Update]:
+        """Yield the updates that the round takes; hold those back that are still on their way by the virtual clock.
+
+        Args:
+            turn: the round's plan.
+            arrived: (position of the client, its update) of those that were asked in this round.
+        """
+        if self._asynchrony:
+            self._pending |= {(client, update.round_number): update for client, update in arrived}
+            arrived = ((place[0], self._pending.pop(place)) for place in turn.use if place in self._pending)
+        for client, update in arrived:
+            if self._crowd.section.sampling == "power-of-choice":
+                self._crowd.losses[client] = update.metrics["loss"]
+            yield update
+
+    def set_aside(self, client: int) -> None:
+        """Ask a client no more in this run."""
+        self._crowd.absent.add(client)
