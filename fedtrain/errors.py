@@ -145,8 +145,8 @@ def nearest(name: object, known: Iterable[str], otherwise: str | None = None) ->
 def shorten(value: object, limit: int = 80) -> str:
     """Show a value in at most `limit` printable characters: client-given text cannot reach the terminal raw."""
     text = repr(value) if not isinstance(value, str) else value
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    short = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:limit])
+    return short if len(text) <= limit else short[: limit - 1] + "…"
 
 
 def _rebuild(kind: type[FedtrainError], state: dict[str, object], args: tuple[object, ...]) -> FedtrainError:

@@ -18,6 +18,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
+from fedtrain.errors import RunError
 from fedtrain.params import Params
 
 __all__ = ["BaseGrid", "TensorArray", "array_record", "enter_run", "message", "set_message_id", "tensors"]
@@ -65,11 +66,18 @@ def array_record(params: Params) -> ArrayRecord:
 
 
 def tensors(record: ArrayRecord) -> dict[str, Tensor]:
-    """Unwrap a record: our own arrays without a copy, those of other flwr code through NumPy."""
-    return {
-        name: array.__dict__["tensor"] if isinstance(array, TensorArray) else torch.from_numpy(array.numpy().copy())
-        for name, array in record.items()
-    }
+    """Unwrap a record: our own arrays without a copy, those of other flwr code through NumPy.
+
+    Raises:
+        RunError: the bytes of an array cannot be read, or torch has no such dtype.
+    """
+    try:
+        return {
+            name: array.__dict__["tensor"] if isinstance(array, TensorArray) else torch.from_numpy(array.numpy().copy())
+            for name, array in record.items()
+        }
+    except Exception as error:  # of many kinds: whatever the bytes drive NumPy's reader to
+        raise RunError("arrays cannot be read", got=error) from error
 
 
 def enter_run(run_id: int) -> None:

@@ -34,9 +34,8 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         OSError: from the file system; the old file stays as it was.
     """
     tensors, rest = _flatten(state)
-    metadata = {"rest": json.dumps(rest)}
-    metadata["sha256"] = _digest(tensors, metadata["rest"])
-    content = safetensors.torch.save(tensors, metadata)
+    # One entry: safetensors writes several in any order, and equal states should be equal files.
+    content = safetensors.torch.save(tensors, {"state": json.dumps({"sha256": _digest(tensors, rest), "rest": rest})})
     atomic_write(path, lambda file: file.write(content))
 
 
@@ -51,13 +50,13 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         tensors = safetensors.torch.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata: dict[str, str] = header["__metadata__"]
-        rest, expected = metadata["rest"], metadata["sha256"]
+        metadata = json.loads(header["__metadata__"]["state"])
+        whole: dict[str, Any] = metadata["rest"]
+        expected = metadata["sha256"]
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise DamagedStateError(str(error)) from error
-    if _digest(tensors, rest) != expected:
+    if _digest(tensors, whole) != expected:
         raise DamagedStateError("its checksum does not match")
-    whole: dict[str, Any] = json.loads(rest)
     for place, tensor in tensors.items():
         *parents, name = json.loads(place)
         functools.reduce(lambda level, key: level[key], parents, whole)[name] = tensor
@@ -81,8 +80,8 @@ def _flatten(level: Mapping[str, Any], parents: tuple[str, ...] = ()) -> tuple[d
     return tensors, rest
 
 
-def _digest(tensors: Mapping[str, Tensor], rest: str) -> str:
-    digest = hashlib.sha256(rest.encode())
+def _digest(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(rest).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -112,18 +112,13 @@ def update(content: RecordDict) -> Update:
     config, metrics = _config(content), _metrics(content)
     if _ARRAYS not in content.array_records:
         raise RunError("the update carries no arrays", got=sorted(content))
-    try:
-        delta = flower.tensors(content.array_records[_ARRAYS])
-        extra = flower.tensors(content.array_records[_EXTRA]) if _EXTRA in content.array_records else {}
-    except Exception as error:  # of many kinds: whatever the bytes drive NumPy's reader to
-        raise RunError("the update's arrays cannot be read", got=error) from error
     return Update(
         client_id=_text(config, _CLIENT),
         round_number=_integer(config, _ROUND),
-        delta=delta,
+        delta=flower.tensors(content.array_records[_ARRAYS]),
         num_examples=_integer(metrics, _EXAMPLES),
         metrics=_numbers(metrics),
-        extra=extra,
+        extra=flower.tensors(content.array_records[_EXTRA]) if _EXTRA in content.array_records else {},
     )
 
 
@@ -200,7 +195,7 @@ def _metrics(content: RecordDict) -> MetricRecord:
 def _integer(record: ConfigRecord | MetricRecord, key: str) -> int:
     value = record.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise RunError(f"{key!r} is wrong", got=value, expected="an integer")
+        raise RunError(f"{key!r} is wrong", got=repr(value), expected="an integer")
     return value
 
 
@@ -224,5 +219,8 @@ def _numbers(record: MetricRecord) -> dict[str, float]:
         if isinstance(value, list):
             raise RunError(f"metric {shorten(name)} is wrong", got=value, expected="a number")
         if name != _EXAMPLES:
-            numbers[name] = float(value)
+            try:
+                numbers[name] = float(value)
+            except OverflowError as error:  # an integer of hundreds of digits
+                raise RunError(f"metric {shorten(name)} is wrong", got=value, expected="a number") from error
     return numbers

@@ -76,15 +76,9 @@ def _locate(loc: Iterable[str | int], tree: dict[str, Any], document: Any) -> _P
             shown = shorten(key_text(part))
             path += f".{shown}" if path else shown
             tag = tag if tag.rpartition(".")[0] == path.rpartition(".")[0] else ""
-            table, node = node, node.get("properties", {}).get(part) or _open(node)
+            table, node = node, node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
             value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
     return _Place(path, key, node, table, tag, counts)
-
-
-def _open(table: dict[str, Any]) -> dict[str, Any]:
-    """What a table holds under keys of the user's choice; nothing is known of a key that it must not have."""
-    values = table.get("additionalProperties")
-    return values if isinstance(values, dict) else {}
 
 
 def _fault(item: Any, place: _Place, tree: dict[str, Any]) -> tuple[Fault, list[str]]:

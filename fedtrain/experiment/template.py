@@ -314,7 +314,8 @@ _HEAD = ("| key | meaning | values | default |", "|---|---|---|---|")
 
 def _row(key: str, node: dict[str, Any]) -> str:
     default = f"`{inline(node['default'])}`" if "default" in node else ""
-    return f"| `{key}` | {node['description']} | {allowed(node)} | {default} |"
+    values = allowed(node).replace("*", r"\*")
+    return f"| `{key}` | {node['description']} | {values} | {default} |"
 
 
 def _inner_tables(path: str, node: dict[str, Any]) -> Iterator[str]:

@@ -129,7 +129,7 @@ class Gate:
     def _check_examples(self, number: int) -> None:
         most = self._section.max_examples
         if type(number) is not int or not 1 <= number <= most:  # True is an int to isinstance
-            raise RunError("num_examples is wrong", got=number, expected=f"an integer from 1 to {most}")
+            raise RunError("num_examples is wrong", got=repr(number), expected=f"an integer from 1 to {most}")
         if number > self._examples.limit():
             limit = f"at most {self._examples.limit():g} (gate.examples_factor)"
             raise RunError("num_examples is out of all proportion to other clients'", got=number, expected=limit)

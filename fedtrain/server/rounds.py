@@ -127,7 +127,6 @@ class Server:
     def _round(self, round_number: int, params: Params) -> Checkpoint:
         started = time.perf_counter()
         turn = self.cohort.turn(round_number)
-        self.cohort.gate.start_round(params)
         nodes = self._nodes(turn.ask)
         asked = list(self.strategy.configure(round_number, params, list(nodes)))
         seen = _Round(round_number, {node: self.client_name(node) for node in asked})
@@ -203,9 +202,9 @@ class Server:
             if reply.has_error():
                 seen.quarantined[client_id] = shorten(reply.error.reason, 300)
                 continue
-            seen.bytes_up += wire.size(reply.content)
             try:
                 update = wire.update(reply.content)
+                seen.bytes_up += wire.size(reply.content)
             except FedtrainError as error:
                 seen.quarantined[client_id] = self.cohort.gate.refuse(client_id, error)
                 continue
@@ -255,9 +254,9 @@ class Server:
             try:
                 if reply.has_error():
                     raise RunError(shorten(reply.error.reason, 300))
-                seen.bytes_up += wire.size(reply.content)
                 value = wire.measurement(reply.content)
-                if why := measurement_objection(value, client_id, self.experiment.gate.max_examples):
+                seen.bytes_up += wire.size(reply.content)
+                if why := measurement_objection(value, client_id):
                     raise RunError(why)
             except FedtrainError as error:
                 self.observer.notice(f"round {seen.number}: evaluation of {shorten(client_id)} not used: {error}")

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedtrain import flower, wire
-from fedtrain.params import Params, RunningSum
+from fedtrain.params import Params, RunningSum, add
 from fedtrain.strategies.base import Algorithm, State
 from fedtrain.training.evaluation import weighted_mean
 
@@ -54,7 +54,7 @@ class AlgorithmRunner:
 
     def __init__(self, algorithm: Algorithm, params: Params, buffers: Collection[str] = ()) -> None:
         self._algorithm = algorithm
-        self._buffers = () if algorithm.takes_buffers else tuple(name for name in params if name in buffers)
+        self._buffers = frozenset(() if algorithm.takes_buffers else buffers)
         self.state: State = algorithm.init(self._trained(params))
 
     def configure(self, round_number: int, params: Params, node_ids: Sequence[int]) -> Sequence[int]:
@@ -67,23 +67,26 @@ class AlgorithmRunner:
         return self._algorithm.extra(self._trained(params))
 
     def objection(self, update: wire.Update) -> str | None:
-        return self._algorithm.objection(update)
+        return self._algorithm.objection(self._without_buffers(update))
 
     def aggregate(self, round_number: int, params: Params, updates: Iterable[wire.Update]) -> Params:
-        buffers = RunningSum(like={name: params[name] for name in self._buffers})
+        buffers = {name: t for name, t in params.items() if name in self._buffers}
+        total = RunningSum(like=buffers)
 
-        def trained() -> Iterable[wire.Update]:
+        def passing() -> Iterable[wire.Update]:
             for update in updates:
-                buffers.add(update.delta, update.num_examples)
-                yield replace(update, delta=self._trained(update.delta))
+                total.add(update.delta, update.num_examples)
+                yield self._without_buffers(update)
 
-        passing = trained() if self._buffers else updates
-        new, self.state = self._algorithm.apply(self.state, self._trained(params), passing)
-        means = buffers.mean()
-        return {name: params[name] + means[name] if name in means else new[name] for name in params}
+        new, self.state = self._algorithm.apply(self.state, self._trained(params), passing())
+        merged = {**new, **(add(buffers, total.mean()) if total.weight else buffers)}
+        return {name: merged[name] for name in params}
 
     def _trained(self, params: Params) -> Params:
-        return {name: t for name, t in params.items() if name not in self._buffers} if self._buffers else params
+        return {name: t for name, t in params.items() if name not in self._buffers}
+
+    def _without_buffers(self, update: wire.Update) -> wire.Update:
+        return replace(update, delta=self._trained(update.delta))
 
 
 class FlowerStrategy(AlgorithmRunner, Strategy):
@@ -94,10 +97,18 @@ class FlowerStrategy(AlgorithmRunner, Strategy):
         params: the initial global parameters.
         select_train: who trains in a round.
         select_evaluate: who evaluates in a round.
+        buffers: names of those of the parameters that are buffers of the model, not trained.
     """
 
-    def __init__(self, algorithm: Algorithm, params: Params, select_train: Selector, select_evaluate: Selector) -> None:
-        super().__init__(algorithm, params)
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        params: Params,
+        select_train: Selector,
+        select_evaluate: Selector,
+        buffers: Collection[str] = (),
+    ) -> None:
+        super().__init__(algorithm, params, buffers)
         self._params = params
         self._select_train, self._select_evaluate = select_train, select_evaluate
 

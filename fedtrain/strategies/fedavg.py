@@ -27,6 +27,6 @@ def fedavg() -> FederatedStrategy:
         total = RunningSum(like=params)
         for update in updates:
             total.add(update.delta, update.num_examples)
-        return add(params, total.mean()), state
+        return (add(params, total.mean()) if total.weight else params), state
 
     return FederatedStrategy(Algorithm(init, apply), local_rule=None)

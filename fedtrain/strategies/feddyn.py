@@ -6,9 +6,6 @@ References:
     L_k(w) - <lambda_k, w> + alpha/2 |w - w_t|^2, where lambda_k stands for the gradient of L_k where it stopped last,
     then lambda_k -= alpha (w_k - w_t). The server: h -= alpha/m sum_P (w_k - w_t), and w_{t+1} = mean_P w_k - h/alpha,
     with m all clients. As there, every client counts the same, whatever its number of examples.
-
-    The paper has no buffers. To average them plainly, the server must know which tensors are trained: each client says
-    so in a mark per tensor, 1 or 0, and h moves by the marked ones alone.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedtrain.errors import shorten
 from fedtrain.experiment.strategies import FedDynStrategy
 from fedtrain.params import Params, RunningSum, add, scaled, zeros_like
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
@@ -49,29 +45,18 @@ def _algorithm(alpha: float, num_clients: int) -> Algorithm:
     def init(params: Params) -> State:
         return {"h": zeros_like(params)}
 
-    def share(state: State) -> Params:
-        return _marks(state["h"])
-
-    def objection(update: Update) -> str | None:
-        odd = [name for name, mark in update.extra.items() if mark not in (0, 1)]
-        return (
-            f"marks of trained tensors: got another number than 0 or 1 for {shorten(', '.join(odd))}" if odd else None
-        )
-
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
-        total, total_marks = RunningSum(like=params), RunningSum(like=_marks(params))
+        total = RunningSum(like=params)
         for update in updates:
             total.add(update.delta, 1.0)
-            total_marks.add(update.extra, 1.0)
         participation = total.weight / num_clients  # |P| / m
         if not participation:
             return params, state
-        delta, trained = total.mean(), total_marks.mean()
-        step = {name: trained[name] * t for name, t in delta.items()}
-        h = add(state["h"], scaled(step, -alpha * participation))
+        delta = total.mean()
+        h = add(state["h"], scaled(delta, -alpha * participation))
         return add(add(params, delta), scaled(h, -1 / alpha)), {"h": h}
 
-    return Algorithm(init, apply, share=share, extra=_marks, objection=objection)
+    return Algorithm(init, apply)
 
 
 def _local_rule(alpha: float) -> LocalRule:
@@ -88,11 +73,6 @@ def _local_rule(alpha: float) -> LocalRule:
         start = local.start
         # lambda - alpha (w_k - w_t)
         dual = torch._foreach_sub(local.dual, torch._foreach_sub(end.values, start.values), alpha=alpha)
-        marks = {**start.shared, **dict.fromkeys(start.names, torch.ones(()))}
-        return marks, {"lambda": dict(zip(start.names, dual, strict=True))}
+        return {}, {"lambda": dict(zip(start.names, dual, strict=True))}
 
     return LocalRule(begin, correct_gradient, finish)
-
-
-def _marks(params: Params) -> dict[str, torch.Tensor]:
-    return {name: torch.zeros(()) for name in params}

@@ -6,9 +6,6 @@ References:
     a_i says how often each enters the sum of its steps:
     d_i = delta_i / |a_i|_1 and w_{t+1} = w_t + tau_eff sum_i p_i d_i, with tau_eff = sum_i p_i |a_i|_1 and p_i the
     client's part of the round's examples. Weight decay belongs to the gradient, as the penalty does to the objective.
-
-    The paper has no buffers. They are no sum of steps, so their |a_i|_1 is 1: they are averaged as in FedAvg. To that
-    end each tensor has its own |a_i|_1, and clients are told the names of all.
 """
 
 from __future__ import annotations
@@ -18,11 +15,11 @@ from typing import Any
 
 import torch
 
-from fedtrain.errors import shorten
 from fedtrain.experiment.sections import SgdSection, TrainingSection
-from fedtrain.params import Params, RunningSum, add
+from fedtrain.params import Params, RunningSum, add, scaled
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
-from fedtrain.training.rules import LocalEnd, LocalRule, LocalStart
+from fedtrain.training.loop import local_steps
+from fedtrain.training.rules import LocalEnd, LocalRule
 from fedtrain.wire import Update
 
 __all__ = ["fednova"]
@@ -40,44 +37,40 @@ def fednova(training: TrainingSection) -> FederatedStrategy:
 
 
 def _algorithm(training: TrainingSection, momentum: float) -> Algorithm:
-    def init(params: Params) -> State:
-        return {"ones": _ones(params)}
+    def init(_params: Params) -> State:
+        return {}
 
-    def share(state: State) -> Params:
-        ones: Params = state["ones"]
-        return ones
+    def extra(_params: Params) -> Params:
+        return {"normalizer": torch.ones((), dtype=torch.float64)}
 
     def objection(update: Update) -> str | None:
-        passes = -(-update.num_examples // training.batch_size)
-        steps = training.local_steps or passes * (training.local_epochs or 1)
-        most = steps / (1 - momentum)  # a gradient enters at most 1 + momentum + momentum^2 + ... times
-        for name, normalizer in update.extra.items():
-            if not 1 <= normalizer <= most:
-                return f"normalizer of {shorten(name)}: got {float(normalizer):g}; expected 1 to {most:g}"
-        return None
+        # A gradient enters at most 1 + momentum + momentum^2 + ... times; who has little time takes fewer steps.
+        most = local_steps(update.num_examples, training) / (1 - momentum)
+        normalizer = float(update.extra["normalizer"])
+        return None if 1 <= normalizer <= most else f"normalizer: got {normalizer:g}; expected 1 to {most:g}"
 
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
-        total_d, total_a = RunningSum(like=params), RunningSum(like=_ones(params))
+        total = RunningSum(like=params)
+        examples = weighted_normalizers = 0.0
         for update in updates:
-            total_d.add({name: t / update.extra[name] for name, t in update.delta.items()}, update.num_examples)
-            total_a.add(update.extra, update.num_examples)
-        if not total_d.weight:
+            normalizer = float(update.extra["normalizer"])
+            total.add(update.delta, update.num_examples / normalizer)
+            examples += update.num_examples
+            weighted_normalizers += update.num_examples * normalizer
+        if not examples:
             return params, state
-        d, tau_eff = total_d.mean(), total_a.mean()
-        return add(params, {name: tau_eff[name] * t for name, t in d.items()}), state
+        tau_eff = weighted_normalizers / examples
+        # The mean divides by sum_i n_i / |a_i|_1, and sum_i p_i d_i by the examples.
+        return add(params, scaled(total.mean(), tau_eff * total.weight / examples)), state
 
-    return Algorithm(init, apply, share=share, extra=_ones, objection=objection)
+    return Algorithm(init, apply, extra=extra, objection=objection)
 
 
 def _local_rule(sgd: SgdSection) -> LocalRule:
-    def begin(start: LocalStart) -> LocalStart:
-        return start
+    def finish(_local: None, end: LocalEnd) -> tuple[Params, Mapping[str, Any]]:
+        return {"normalizer": torch.tensor(_normalizer(sgd, end.steps), dtype=torch.float64)}, {}
 
-    def finish(start: LocalStart, end: LocalEnd) -> tuple[Params, Mapping[str, Any]]:
-        normalizer = torch.tensor(_normalizer(sgd, end.steps), dtype=torch.float64)
-        return {**start.shared, **dict.fromkeys(start.names, normalizer)}, {}
-
-    return LocalRule(begin, finish=finish)
+    return LocalRule(lambda _start: None, finish=finish)
 
 
 def _normalizer(sgd: SgdSection, steps: int) -> float:
@@ -87,7 +80,3 @@ def _normalizer(sgd: SgdSection, steps: int) -> float:
         buffer = sgd.momentum * buffer + 1
         distance += 1 + sgd.momentum * buffer if sgd.nesterov else buffer
     return distance
-
-
-def _ones(params: Params) -> dict[str, torch.Tensor]:
-    return {name: torch.ones((), dtype=torch.float64) for name in params}

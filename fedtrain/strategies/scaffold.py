@@ -4,8 +4,6 @@ References:
     Karimireddy, Kale, Mohri, Reddi, Stich, Suresh, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
     ICML 2020, algorithm 1 with option II. As there, every client of the round counts the same, whatever its number of
     examples: c is the mean of all N clients' c_i only if they do.
-
-    The paper has no buffers. Here c has an entry for each tensor that is exchanged; those of buffers are zero for ever.
 """
 
 from __future__ import annotations
@@ -78,7 +76,6 @@ def _local_rule() -> LocalRule:
         torch._foreach_div_(new, end.steps * start.lr)
         torch._foreach_sub_(new, local.correction)
         delta_c = torch._foreach_sub(new, local.own)
-        extra = zeros_like(start.shared) | dict(zip(start.names, delta_c, strict=True))
-        return extra, {"c_i": dict(zip(start.names, new, strict=True))}
+        return dict(zip(start.names, delta_c, strict=True)), {"c_i": dict(zip(start.names, new, strict=True))}
 
     return LocalRule(begin, correct_gradient, finish)

@@ -22,7 +22,7 @@ from fedtrain.training.layout import in_layout, memory_format
 from fedtrain.training.optimizer import make_step
 from fedtrain.training.rules import LocalEnd, LocalRule, LocalStart, Tensors
 
-__all__ = ["Assignment", "LocalResult", "Recipe", "Trainer", "build_model", "is_private"]
+__all__ = ["Assignment", "LocalResult", "Recipe", "Trainer", "build_model", "is_private", "local_steps"]
 
 _LOSS_BATCH = 1000  # examples per forward pass where a rule asks for the mean loss; part of it to the last bit
 
@@ -107,6 +107,19 @@ def is_private(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def local_steps(size: int, training: TrainingSection, work: float = 1.0) -> int:
+    """Count the optimiser steps of a round.
+
+    Args:
+        size: examples in the client's training set, at least 1.
+        training: the experiment's training section.
+        work: share of the steps that there is time for; at least one is taken.
+    """
+    per_pass = -(-size // min(training.batch_size, size))
+    whole = training.local_steps or per_pass * (training.local_epochs or 1)
+    return max(1, int(whole * work + 1e-9))
+
+
 class Trainer:
     """Trains one client after another in one model.
 
@@ -189,7 +202,7 @@ class Trainer:
         ruled = len(self._names)
         self.model.train()
         step = make_step(training.optimizer, self._trained, assignment.lr_factor)
-        steps = _steps(len(examples), training, assignment.work)
+        steps = local_steps(len(examples), training, assignment.work)
         losses: list[Tensor] = []
         seen = 0
         names = (assignment.round_number, assignment.client_id)
@@ -232,13 +245,6 @@ def _moved(state: Any, device: torch.device) -> Any:
     if isinstance(state, Mapping):
         return {name: _moved(value, device) for name, value in state.items()}
     return state.to(device) if isinstance(state, Tensor) else state
-
-
-def _steps(size: int, training: TrainingSection, work: float) -> int:
-    """Optimiser steps of a round on so many examples."""
-    per_pass = -(-size // min(training.batch_size, size))
-    whole = training.local_steps or per_pass * (training.local_epochs or 1)
-    return max(1, int(whole * work + 1e-9))
 
 
 def _batches(

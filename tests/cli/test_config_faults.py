@@ -33,6 +33,12 @@ def _in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ["training: got local_epochs = 1, local_steps = 2", "contradict each other: give one"],
         ),
         (DIGITS + "[clients]\nper_round = 6", ["clients.per_round = 6", "data.clients = 5"]),
+        (
+            DIGITS + "[strategy]\nname = 'scafold'",
+            ['strategy.name: got "scafold"; expected one of: fedavg,', "scaffold?"],
+        ),
+        (DIGITS + "[strategy]\nmu = 0.1", ["strategy.mu: got an unknown key", "mu goes with name = fedprox or ditto."]),
+        (DIGITS + "[strategy]\nname = 'fedbuff'", ['got strategy.name = "fedbuff", no clients.duration']),
     ],
 )
 def test_a_fault_has_its_path_and_what_is_allowed(fedtrain: Callable, text: str, told: list[str]) -> None:
@@ -85,6 +91,7 @@ def test_a_file_that_cannot_be_read(fedtrain: Callable, command: list[str], name
         ("task.name=cnnn", "there is no such built-in task: got cnnn"),
         ("task.options={ width = 3 }", "task 'mlp' has no such option: got width"),
         ("task.name=gone.py:Task", "there is no such Python file"),
+        ("strategy.name=gone.py:build", "there is no such Python file"),
         ("data.name=digit", "there is no such data source: got digit"),
         ("data.options={ size = 3 }", "digits"),
         ("data.clients=5000", "there are more clients than examples: got data.clients = 5000"),

@@ -72,8 +72,14 @@ def many_metrics() -> MetricRecord:
 
 
 def array(data: bytes, dtype: str = "float32") -> Change:
-    """An array of w's that somebody else wrote."""
-    return record("arrays", lambda: ArrayRecord({"w": Array(dtype, (3,), "numpy.ndarray", data)}))
+    """Bytes that others wrote for w."""
+
+    def change(good: Update) -> RecordDict:
+        content = update_content(good)
+        content.array_records["arrays"]["w"] = Array(dtype, (3,), "numpy.ndarray", data)
+        return content
+
+    return change
 
 
 def npy(values: Any) -> bytes:
@@ -136,10 +142,10 @@ BAD: Mapping[str, Change] = {
     "config for arrays": record("arrays", ConfigRecord),
     "metrics for config": record("config", MetricRecord),
     "arrays for metrics": record("metrics", ArrayRecord),
-    "arrays of text": array(npy(np.array(["a", "b", "c"])), "str"),
-    "arrays cut short": array(npy(np.ones(3, np.float32))[:-5]),
-    "arrays without bytes": array(b""),
-    "arrays as a pickle": array(npy(np.array([{}, {}, {}], dtype=object)), "object"),
+    "an array of text": array(npy(np.array(["a", "b", "c"])), "str"),
+    "an array cut short": array(npy(np.ones(3, np.float32))[:-5]),
+    "an array without bytes": array(b""),
+    "an array as a pickle": array(npy(np.array([{}, {}, {}], dtype=object)), "object"),
 }
 BAD_EXTRA: Mapping[str, Change] = {
     "no extra tensors": extra(lambda _: {}),

@@ -9,6 +9,10 @@ from fedtrain.experiment.faults import faults_of
 from fedtrain.experiment.schema import positions, schema_tree
 
 MINIMAL = '[data]\nname = "digits"\nclients = 5\n'
+LIST_OF_NAMES = 'a list of strings such as ["fc2.*"] or ["*norm*"]'
+CLIENTS = MINIMAL + "[clients]\n"
+STRATEGY = MINIMAL + "[strategy]\nname = "
+IMPORT_PATH = "a string such as: flwr.serverapp.strategy:FedTrimmedAvg, own_strategy.py:build"
 
 
 @pytest.fixture
@@ -68,12 +72,30 @@ def test_all_faults_are_listed_at_once(faults):
         ("rounds = 1.0\n", "rounds", "1.0", "an integer from 1 to 1000000"),
         ("rounds = 0\n", "rounds", "0", "an integer from 1 to 1000000"),
         ('name = "a/b"\n', "name", '"a/b"', "a string"),
-        ("clients = 100\n", "clients", "100", "a table with per_round, sampling, quorum"),
+        ("personalization = 3\n", "personalization", "3", "a table with private, fine_tune_epochs"),
         ("training.optimizer.lr = nan\n", "training.optimizer.lr", "nan", "a number greater than 0"),
         ("run.checkpoint_seconds = inf\n", "run.checkpoint_seconds", "inf", "a number of at least 0"),
         ("training.optimizer.lr = true\n", "training.optimizer.lr", "true", "a number greater than 0"),
         ("training.optimizer.nesterov = 1\n", "training.optimizer.nesterov", "1", "true or false"),
-        ('clients.sampling = "unifrom"\n', "clients.sampling", '"unifrom"', "one of: uniform, poisson, by-size"),
+        (
+            'clients.sampling = "unifrom"\n',
+            "clients.sampling",
+            '"unifrom"',
+            "one of: uniform, poisson, by-size, power-of-choice",
+        ),
+        ("clients.where.gpu = 0.5\n", "clients.where.gpu", "0.5", "a string, or true or false, or an integer"),
+        ("clients.where.gpu.x = 1\n", "clients.where.gpu", "{ x = 1 }", "a string, or true or false, or an integer"),
+        ("clients.where = 1\n", "clients.where", "1", 'a table such as { gpu = true, site = "north" }'),
+        ('personalization.private = "fc"\n', "personalization.private", '"fc"', LIST_OF_NAMES),
+        (
+            'strategy = { name = "fedadam", betas = [0, 1] }\n',
+            "strategy.betas[1]",
+            "1",
+            "a number of at least 0 and below 1",
+        ),
+        ('strategy = { name = "own", path = "build" }\n', "strategy.path", '"build"', IMPORT_PATH),
+        ('strategy.name = "own"\n', "strategy.path", "nothing", IMPORT_PATH),
+        ('clients.duration.kind = "stragglers"\n', "clients.duration.fraction", "nothing", "a number from 0 to 1"),
         ("clients.quorum = 1.5\n", "clients.quorum", "1.5", "a number from 0 to 1"),
         ("run.workers = -1\n", "run.workers", "-1", '"auto", or an integer of at least 0'),
         ("run.workers = true\n", "run.workers", "true", '"auto", or an integer of at least 0'),
@@ -143,6 +165,13 @@ def test_a_missing_section_is_a_fault(faults):
         (MINIMAL + "partition.alpha = 3\n", "data.partition.alpha", "alpha goes with kind = dirichlet or quantity."),
         (MINIMAL + 'partition.kind = "dirichlett"\n', "data.partition.kind", "Did you mean dirichlet?"),
         ('clients.sampling = "unifrom"\n', "clients.sampling", "Did you mean uniform?"),
+        ('strategy.name = "scafold"\n', "strategy.name", "Did you mean scaffold?"),
+        ('clients.duration.kind = "const"\n', "clients.duration.kind", "Did you mean constant?"),
+        ("strategy.mu = 1\n", "strategy.mu", "mu goes with name = fedprox or ditto."),
+        ("strategy.q = 1\n", "strategy.q", "q goes with name = qfedavg."),
+        ("strategy.byzantine = 1\n", "strategy.byzantine", "byzantine goes with name = krum, multi-krum or bulyan."),
+        ('strategy = { name = "fedprox", muu = 1 }\n', "strategy.muu", "Did you mean mu?"),
+        ('strategy = { name = "own.py:build", optins = {} }\n', "strategy.optins", "Did you mean options?"),
     ],
 )
 def test_the_nearest_key_or_value_is_named(faults, text, path, hint):
@@ -150,8 +179,8 @@ def test_the_nearest_key_or_value_is_named(faults, text, path, hint):
 
 
 def test_an_unknown_key_lists_the_allowed_ones(faults):
-    fault = faults("[clients]\nper_rond = 3\n" + MINIMAL)["clients.per_rond"]
-    assert (fault.got, fault.expected) == ("an unknown key", "one of: per_round, sampling, quorum")
+    fault = faults("[personalization]\nprivat = []\n" + MINIMAL)["personalization.privat"]
+    assert (fault.got, fault.expected) == ("an unknown key", "one of: private, fine_tune_epochs")
 
 
 def test_an_odd_key_cannot_reach_the_terminal_raw(faults):
@@ -163,21 +192,97 @@ def test_an_odd_key_cannot_reach_the_terminal_raw(faults):
     ("text", "path", "got"),
     [
         ('[data]\nname = "digits"\npath = "x.csv"\n', "data", 'name = "digits", path = "x.csv"'),
-        ('[data]\nname = "digits"\n', "data", "no clients, no partition"),
+        ('[data]\nname = "digits"\n', "data", 'no clients, no partition (default { kind = "iid", min_examples = 2 })'),
         ('[data]\npath = "x.csv"\nclients = 3\n', "data", "no target"),
         (MINIMAL + "validation = 0.5\ntest = 0.5\n", "data", "validation = 0.5, test = 0.5"),
         (MINIMAL + "[training]\nlocal_epochs = 1\nlocal_steps = 2\n", "training", "local_epochs = 1, local_steps = 2"),
         (
             MINIMAL + "[training]\noptimizer = { nesterov = true }\n",
             "training.optimizer",
-            "nesterov = true, no momentum",
+            "nesterov = true, no momentum (default 0.0)",
         ),
         (MINIMAL + "[clients]\nper_round = 6\n", "clients.per_round", "clients.per_round = 6, data.clients = 5"),
+        (CLIENTS + "candidates = 3\n", "clients", 'candidates = 3, no sampling (default "uniform")'),
+        (
+            CLIENTS + 'sampling = "power-of-choice"\nper_round = 3\ncandidates = 2\n',
+            "clients",
+            "candidates = 2, per_round = 3",
+        ),
+        (CLIENTS + "where = { gpu = true }\n", "clients", "where = { gpu = true }, no tags"),
+        (CLIENTS + "over_selection = 1.5\nduration = {}\n", "clients", "over_selection = 1.5, no per_round"),
+        (
+            CLIENTS + 'over_selection = 1.5\nduration = {}\nper_round = 2\nsampling = "poisson"\n',
+            "clients",
+            'over_selection = 1.5, sampling = "poisson"',
+        ),
+        (CLIENTS + 'late = "partial"\nduration = {}\n', "clients", 'late = "partial", no deadline'),
+        (
+            STRATEGY + '"fednova"\n[training]\noptimizer = { name = "adam" }\n',
+            "strategy.name",
+            'strategy.name = "fednova", training.optimizer.name = "adam"',
+        ),
+        (
+            STRATEGY + '"scaffold"\n[training]\noptimizer = { name = "adam" }\n',
+            "strategy.name",
+            'strategy.name = "scaffold", training.optimizer = { name = "adam" }',
+        ),
+        (
+            STRATEGY + '"scaffold"\n[training]\noptimizer = { momentum = 0.9 }\n',
+            "strategy.name",
+            'strategy.name = "scaffold", training.optimizer = { momentum = 0.9 }',
+        ),
+        (
+            STRATEGY + '"scaffold"\n[training]\noptimizer = { weight_decay = 0.1 }\n',
+            "strategy.name",
+            'strategy.name = "scaffold", training.optimizer = { weight_decay = 0.1 }',
+        ),
+        (STRATEGY + '"fedbuff"\n', "strategy.name", 'strategy.name = "fedbuff", no clients.duration'),
+        (
+            STRATEGY + '"fedbuff"\n[clients]\nduration = {}\ndeadline = 3\n',
+            "strategy.name",
+            'strategy.name = "fedbuff", clients.deadline = 3',
+        ),
+        (
+            STRATEGY + '"ditto"\n[personalization]\nfine_tune_epochs = 1\n',
+            "strategy.name",
+            'strategy.name = "ditto", personalization.fine_tune_epochs = 1',
+        ),
     ],
 )
 def test_a_contradiction_shows_the_values_that_clash(faults, text, path, got):
     (fault,) = faults(text).values()
     assert (fault.path, fault.got) == (path, got)
+    assert fault.expected.startswith("values that go together: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "got"),
+    [
+        (CLIENTS + 'sampling = "power-of-choice"\n', "clients", {"no per_round"}),
+        (CLIENTS + "per_round = 2\nover_selection = 1.5\n", "clients", {"over_selection = 1.5", "no duration"}),
+        (CLIENTS + "deadline = 3.0\n", "clients", {"deadline = 3.0", "no duration"}),
+        (
+            STRATEGY + '"fedbuff"\nbuffer_size = 5\nmax_in_flight = 4\n',
+            "strategy",
+            {"buffer_size = 5", "max_in_flight = 4"},
+        ),
+        (STRATEGY + '"fedbuff"\nmax_in_flight = 4\n', "strategy", {"no buffer_size (default 10)", "max_in_flight = 4"}),
+        (
+            STRATEGY + '"fedbuff"\n[clients]\nduration = {}\nper_round = 2\n',
+            "strategy.name",
+            {'strategy.name = "fedbuff"', "clients.per_round = 2"},
+        ),
+        (
+            STRATEGY + '"fedbuff"\n[clients]\nduration = {}\nsampling = "poisson"\n',
+            "strategy.name",
+            {'strategy.name = "fedbuff"', 'clients.sampling = "poisson"'},
+        ),
+    ],
+)
+def test_a_contradiction_shows_at_least(faults, text, path, got):
+    (fault,) = faults(text).values()
+    assert fault.path == path
+    assert got <= set(fault.got.split(", "))
     assert fault.expected.startswith("values that go together: ")
 
 
@@ -191,6 +296,9 @@ def test_a_contradiction_shows_the_values_that_clash(faults, text, path, got):
         ("foo.bar=1", "foo"),
         ("clients.per_round=6", "clients.per_round"),
         ("data.partition.kind=natural", "data"),
+        ("strategy.mu=0.1", "strategy.mu"),
+        ("strategy.name=fedbuff", "strategy.name"),
+        ("clients.deadline=3", "clients"),
     ],
 )
 def test_a_fault_names_the_override_that_caused_it(faults, override, path):

@@ -6,10 +6,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from fedtrain.errors import ExperimentError, InputError
 from fedtrain.experiment import Experiment, identity, load, to_toml
+from fedtrain.experiment.clients import ConstantDuration
+from fedtrain.experiment.faults import faults_of
 from fedtrain.experiment.schema import schema_tree
+from fedtrain.experiment.strategies import OwnStrategy
 
 MINIMAL = '[data]\nname = "digits"\nclients = 5\n'
 KEYS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
@@ -62,12 +66,15 @@ def values(node: dict[str, Any]) -> st.SearchStrategy[Any]:
             return st.tuples(*(values(item) for item in node["prefixItems"])).map(list)
         case "array":
             return st.lists(values(node["items"]), min_size=node.get("minItems", 0), max_size=4)
-    return st.dictionaries(KEYS, OPTIONS, max_size=3)
+    held = node["additionalProperties"]
+    return st.dictionaries(KEYS, values(held) if isinstance(held, dict) else OPTIONS, max_size=3)
 
 
 def reconcile(document: dict[str, Any]) -> dict[str, Any]:
     """Take out of a document what contradicts itself, which a schema cannot say."""
-    data, training, evaluation = (document.setdefault(key, {}) for key in ("data", "training", "evaluation"))
+    data, training, evaluation, clients, strategy = (
+        document.setdefault(key, {}) for key in ("data", "training", "evaluation", "clients", "strategy")
+    )
     data.pop("path", None)
     data.setdefault("name", "digits")
     kind = data.get("partition", {}).get("kind", "iid")
@@ -82,7 +89,29 @@ def reconcile(document: dict[str, Any]) -> dict[str, Any]:
     if "target_value" not in evaluation or "target_metric" not in evaluation:
         evaluation.pop("target_value", None)
         evaluation.pop("target_metric", None)
-    document.setdefault("clients", {}).pop("per_round", None)
+    clients["per_round"] = min(clients.get("per_round", 5), data.get("clients", 5))
+    match strategy.get("name"):
+        case "scaffold" | "fednova":
+            training.pop("optimizer", None)
+        case "ditto":
+            document.pop("personalization", None)
+        case "fedbuff":
+            strategy["max_in_flight"] = max(strategy.get("max_in_flight", 20), strategy.get("buffer_size", 10))
+            for key in ("per_round", "sampling", "over_selection", "deadline"):
+                clients.pop(key, None)
+            clients["duration"] = {"seconds": 3.0}
+    if clients.get("sampling") != "power-of-choice":
+        clients.pop("candidates", None)
+    elif "candidates" in clients:
+        clients["candidates"] = max(clients["candidates"], clients["per_round"])
+    if "tags" not in clients:
+        clients.pop("where", None)
+    if clients.get("sampling") == "poisson" or "duration" not in clients:
+        clients.pop("over_selection", None)
+    if "duration" not in clients:
+        clients.pop("deadline", None)
+    if "deadline" not in clients:
+        clients.pop("late", None)
     return document
 
 
@@ -95,6 +124,29 @@ def test_what_the_schema_allows_loads_and_survives_a_round_trip(document, tmp_pa
     again = load(file)
     assert again == experiment
     assert identity(again) == identity(experiment)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(document=values(schema_tree()))
+def test_what_the_schema_allows_is_at_worst_a_contradiction(document):
+    try:
+        Experiment.model_validate(document)
+    except ValidationError as error:
+        found = faults_of(error, document, {})
+        assert found
+        assert all(fault.expected.startswith("values that go together: ") for fault in found)
+
+
+def test_an_own_strategy_may_stand_in_the_name(file):
+    file.write_text(MINIMAL + '[strategy]\nname = "own_strategy.py:build"\noptions = { power = 0.5 }\n')
+    experiment = load(file)
+    assert experiment.strategy == OwnStrategy(name="own", path="own_strategy.py:build", options={"power": 0.5})
+    resolved = file.with_name("resolved.toml")
+    resolved.write_text(to_toml(experiment))
+    assert load(resolved) == experiment
+    assert load(file, ["strategy.name=flwr.serverapp.strategy:FedMedian", "strategy.options={}"]).strategy == (
+        OwnStrategy(name="own", path="flwr.serverapp.strategy:FedMedian")
+    )
 
 
 def test_the_name_is_the_files_own_unless_given(tmp_path):
@@ -116,7 +168,7 @@ def test_resolved_text_spells_out_every_default_in_the_files_order(file):
 @pytest.mark.parametrize(
     ("override", "section", "field", "value"),
     [
-        ("strategy.name=fedavg", "strategy", "name", "fedavg"),
+        ("strategy.name=scaffold", "strategy", "name", "scaffold"),
         ("task.name = 'cnn'", "task", "name", "cnn"),
         ("task.options.hidden=[3, 4]", "task", "options", {"hidden": [3, 4]}),
         ("data.clients=12", "data", "clients", 12),
@@ -130,9 +182,10 @@ def test_an_override_is_toml_or_a_bare_word(file, override, section, field, valu
 
 
 def test_an_override_into_an_absent_table_keeps_the_default_kind(file):
-    experiment = load(file, ["training.optimizer.lr=1", "data.partition.min_examples=3"])
+    experiment = load(file, ["training.optimizer.lr=1", "data.partition.min_examples=3", "clients.duration.seconds=2"])
     assert (experiment.training.optimizer.name, experiment.training.optimizer.lr) == ("sgd", 1.0)
     assert (experiment.data.partition.kind, experiment.data.partition.min_examples) == ("iid", 3)
+    assert experiment.clients.duration == ConstantDuration(seconds=2.0)
 
 
 def test_later_overrides_win(file):

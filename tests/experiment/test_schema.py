@@ -1,8 +1,10 @@
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 
-from fedtrain.experiment import Experiment, json_schema
+from fedtrain.experiment import TEMPLATES, Experiment, json_schema
 from fedtrain.experiment.schema import allowed, inline, schema_tree, variants
 
 
@@ -39,6 +41,35 @@ def test_variants_come_in_the_order_of_the_source():
     assert variants(data["scaling"]) == ("", {})
 
 
+@pytest.fixture
+def accepts():
+    """Whether an editor finds nothing wrong with a file."""
+    return pytest.importorskip("jsonschema").Draft202012Validator(json_schema()).is_valid
+
+
+def test_an_editor_accepts_every_template_and_example(accepts):
+    assert all(accepts(dict(template.values)) for template in TEMPLATES.values())
+    for file in (Path(__file__).parents[2] / "examples").glob("*.toml"):
+        assert accepts(tomllib.loads(file.read_text(encoding="utf-8"))), file
+
+
+@pytest.mark.parametrize(
+    ("strategy", "good"),
+    [
+        ({}, True),
+        ({"name": "fedadam", "tau": 0.1}, True),
+        ({"name": "fedavg", "tau": 0.1}, False),
+        ({"name": "fedavgg"}, False),
+        ({"name": "own", "path": "own_strategy.py:build"}, True),
+        ({"name": "own"}, False),
+        ({"name": "own_strategy.py:build", "options": {"power": 0.5}}, True),
+        ({"name": "own_strategy.py:build", "path": "other.py:build"}, False),
+    ],
+)
+def test_an_editor_knows_the_keys_of_each_strategy(accepts, strategy, good):
+    assert accepts({"data": {"name": "digits", "clients": 5}, "strategy": strategy}) == good
+
+
 @pytest.mark.parametrize(
     ("node", "words"),
     [
@@ -47,6 +78,11 @@ def test_variants_come_in_the_order_of_the_source():
         ({"type": "number", "exclusiveMinimum": 0.5, "exclusiveMaximum": 1}, "a number greater than 0.5 and below 1"),
         ({"type": "boolean"}, "true or false"),
         ({"type": "array", "items": {"type": "string"}}, "a list of strings"),
+        (
+            {"type": "array", "items": {"type": "string"}, "examples": [["a"], ["b"]]},
+            'a list of strings such as ["a"] or ["b"]',
+        ),
+        ({"type": "object", "examples": [{"a": True}]}, "a table such as { a = true }"),
         ({"enum": ["a", "b"], "type": "string"}, "one of: a, b"),
         ({"const": "a", "type": "string"}, '"a"'),
         ({"anyOf": [{"const": "auto"}, {"type": "integer"}]}, '"auto", or an integer'),

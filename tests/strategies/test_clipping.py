@@ -71,3 +71,13 @@ def test_updates_are_used_as_they_come(algorithm: Algorithm) -> None:
 
     new, _ = algorithm.apply(algorithm.init({"w": place}), {"w": torch.zeros(2)}, arriving())
     assert new["w"].tolist() == [0.125, 0.125]
+
+
+def test_large_tensors_are_summed_and_measured_whole() -> None:
+    rng = torch.Generator().manual_seed(1)
+    params = {"w": torch.zeros(700, 300)}
+    deltas = [torch.randn(300, 700, generator=rng).T, torch.randn(700, 300, generator=rng)]
+    expected = sum(weight * d / torch.linalg.vector_norm(d) for weight, d in zip((0.75, 0.25), deltas))
+    updates = [Update("a", 1, {"w": d}, weight) for weight, d in zip((3, 1), deltas)]
+    new, _ = bounding(max_norm=1.0).apply({}, params, iter(updates))
+    assert torch.allclose(new["w"], expected, rtol=1e-5, atol=1e-9)

@@ -15,7 +15,6 @@ PLAIN = LocalRule(lambda _: None, lambda _, __, gradients: gradients, lambda _, 
 LR = 0.1
 # Curvature, optimum and local steps of f_i(w) = a (w - b)^2 / 2; together they are least at (1*0 + 4*10) / 5 = 8.
 CLIENTS = {"flat": (1.0, 0.0, 50), "steep": (4.0, 10.0, 50)}
-ONE, ZERO = torch.tensor(1.0), torch.tensor(0.0)
 
 
 def build(alpha: float = 1.0, num_clients: int = 2) -> FederatedStrategy:
@@ -30,8 +29,7 @@ def train(strategy: FederatedStrategy, client: str, params: Params, shared: Para
     for _ in range(steps):
         w -= LR * rule.correct_gradient(local, [w], [curvature * (w - optimum)])[0]
     extra, kept[client] = rule.finish(local, LocalEnd([w], steps))
-    delta = {"w": w - params["w"]} | ({"mean": torch.tensor(2.0)} if "mean" in params else {})
-    return Update(client, 1, delta, 1, extra=extra)
+    return Update(client, 1, {"w": w - params["w"]}, 1, extra=extra)
 
 
 def run(strategy: FederatedStrategy, params: Params, rounds: int) -> tuple[Params, Any, dict[str, Any]]:
@@ -45,31 +43,25 @@ def run(strategy: FederatedStrategy, params: Params, rounds: int) -> tuple[Param
 
 def test_the_second_round_of_a_client_by_hand() -> None:
     rule = build(alpha=0.5).local_rule
-    shared, kept = {"w": ZERO, "mean": ZERO}, {"lambda": {"w": torch.tensor([3.0])}}
-    local = rule.begin(LocalStart(["w"], [torch.tensor([2.0])], shared, kept, LR, lambda: 0.0))
+    kept = {"lambda": {"w": torch.tensor([3.0])}}
+    local = rule.begin(LocalStart(["w"], [torch.tensor([2.0])], {}, kept, LR, lambda: 0.0))
     gradient = torch.tensor([10.0])
     corrected = rule.correct_gradient(local, [torch.tensor([4.0])], [gradient])
     assert corrected[0].tolist() == [8.0]  # 10 - 3 + 0.5 * (4 - 2)
     extra, kept = rule.finish(local, LocalEnd([torch.tensor([-4.0])], steps=3))
     assert kept["lambda"]["w"].tolist() == [6.0]  # 3 - 0.5 * (-4 - 2)
-    assert extra == {"w": ONE, "mean": ZERO}
+    assert extra == {}
     assert gradient.tolist() == [10.0]
 
 
 def test_the_server_by_hand() -> None:
     algorithm = build(alpha=0.5, num_clients=8).algorithm
-    params = {"w": torch.tensor([1.0]), "mean": torch.tensor(5.0)}
-    state = {"h": {"w": torch.tensor([3.0]), "mean": ZERO}}
-    marks = {"w": ONE, "mean": ZERO}
-    updates = [  # the numbers of examples differ, and do not count
-        Update("a", 1, {"w": torch.tensor([2.0]), "mean": torch.tensor(1.0)}, 1, extra=marks),
-        Update("b", 1, {"w": torch.tensor([6.0]), "mean": torch.tensor(3.0)}, 9, extra=marks),
-    ]
+    params, state = {"w": torch.tensor([1.0])}, {"h": {"w": torch.tensor([3.0])}}
+    # The numbers of examples differ, and do not count.
+    updates = [Update("a", 1, {"w": torch.tensor([2.0])}, 1), Update("b", 1, {"w": torch.tensor([6.0])}, 9)]
     new, state = algorithm.apply(state, params, iter(updates))
     assert state["h"]["w"].tolist() == [2.5]  # 3 - 0.5/8 * (2 + 6)
     assert new["w"].tolist() == [0.0]  # 1 + (2 + 6)/2 - 2.5/0.5
-    assert float(state["h"]["mean"]) == 0.0
-    assert float(new["mean"]) == 7.0  # 5 + (1 + 3)/2
 
 
 def test_it_finds_the_optimum_that_fedavg_misses() -> None:
@@ -83,18 +75,6 @@ def test_the_server_keeps_the_mean_of_the_clients_multipliers() -> None:
     _, state, kept = run(build(), {"w": torch.tensor(0.0)}, 3)
     mean = sum(float(k["lambda"]["w"]) for k in kept.values()) / 2
     assert float(state["h"]["w"]) == pytest.approx(mean, abs=1e-5)
-
-
-def test_buffers_are_averaged_in_each_round() -> None:
-    params, _, _ = run(build(), {"w": torch.tensor(0.0), "mean": torch.tensor(1.0)}, 3)
-    assert float(params["mean"]) == 7.0  # 1 + 3 rounds * 2
-
-
-@pytest.mark.parametrize("bad", [0.5, -1.0, 1e30, float("nan")])
-def test_odd_marks_are_objected_to(bad: float) -> None:
-    objection = build().algorithm.objection
-    assert objection(Update("c", 1, {}, 1, extra={"w": ONE, "mean": ZERO})) is None
-    assert "for mean" in objection(Update("c", 1, {}, 1, extra={"w": ONE, "mean": torch.tensor(bad)}))
 
 
 def test_no_update_changes_nothing() -> None:

@@ -10,27 +10,39 @@ from fedtrain.training.optimizer import make_step
 from fedtrain.training.rules import LocalEnd, LocalStart
 from fedtrain.wire import Update
 
-ONE = torch.tensor(1.0, dtype=torch.float64)
-
 
 def build(momentum: float = 0.0, nesterov: bool = False, **training: int) -> FederatedStrategy:
     return fednova(TrainingSection(optimizer=SgdSection(momentum=momentum, nesterov=nesterov), **training))
 
 
-def normalizer(strategy: FederatedStrategy, steps: int) -> Params:
+def extra(normalizer: float) -> Params:
+    return {"normalizer": torch.tensor(normalizer, dtype=torch.float64)}
+
+
+def sent(strategy: FederatedStrategy, steps: int) -> Params:
     rule = strategy.local_rule
-    start = LocalStart(["w"], [torch.zeros(2)], {"w": ONE, "mean": ONE}, {}, 0.1, lambda: 0.0)
-    extra, kept = rule.finish(rule.begin(start), LocalEnd([torch.ones(2)], steps))
+    start = LocalStart(["w"], [torch.zeros(2)], {}, {}, 0.1, lambda: 0.0)
+    of_update, kept = rule.finish(rule.begin(start), LocalEnd([torch.ones(2)], steps))
     assert kept == {}
-    return extra
+    return of_update
+
+
+def normalizer(strategy: FederatedStrategy, steps: int) -> float:
+    return float(sent(strategy, steps)["normalizer"])
+
+
+def test_an_update_brings_one_number() -> None:
+    [(name, like)] = build().algorithm.extra({"w": torch.zeros(2), "b": torch.zeros(3)}).items()
+    number = sent(build(), 3)[name]
+    assert (number.shape, number.dtype) == (like.shape, like.dtype) == (torch.Size(()), torch.float64)
 
 
 def test_the_server_by_hand() -> None:
     algorithm = build().algorithm
     params = {"w": torch.tensor([1.0, 0.0])}
     updates = [
-        Update("a", 1, {"w": torch.tensor([2.0, 0.0])}, 1, extra={"w": 2 * ONE}),
-        Update("b", 1, {"w": torch.tensor([0.0, 16.0])}, 3, extra={"w": 4 * ONE}),
+        Update("a", 1, {"w": torch.tensor([2.0, 0.0])}, 1, extra=extra(2)),
+        Update("b", 1, {"w": torch.tensor([0.0, 16.0])}, 3, extra=extra(4)),
     ]
     new, _ = algorithm.apply(algorithm.init(params), params, iter(updates))
     # tau_eff = (1*2 + 3*4)/4 = 3.5; mean d = ((1*1 + 0)/4, (0 + 3*4)/4) = (0.25, 3)
@@ -41,15 +53,15 @@ def test_the_server_by_hand() -> None:
 def test_the_normalizer_by_hand(nesterov: bool, two: float, three: float) -> None:
     # Momentum 0.5 takes in gradients 1.5 + 1 times in two steps, 1.75 + 1.5 + 1 in three; Nesterov 1 + half of each.
     strategy = build(0.5, nesterov)
-    assert float(normalizer(strategy, 2)["w"]) == two
-    assert float(normalizer(strategy, 3)["w"]) == three
+    assert normalizer(strategy, 2) == two
+    assert normalizer(strategy, 3) == three
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9])
 def test_the_papers_closed_form(momentum: float) -> None:
     tau, rho = 17, momentum
     closed = (tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho)
-    assert float(normalizer(build(momentum), tau)["w"]) == pytest.approx(closed, rel=1e-12)
+    assert normalizer(build(momentum), tau) == pytest.approx(closed, rel=1e-12)
 
 
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
@@ -59,8 +71,7 @@ def test_the_normalizer_reproduces_the_delta_of_a_constant_gradient(momentum: fl
     step = make_step(sgd, [w], 0.5)
     for _ in range(7):
         step([gradient])
-    a = normalizer(build(momentum, nesterov), 7)["w"]
-    torch.testing.assert_close(w, -0.05 * a.float() * gradient)
+    torch.testing.assert_close(w, -0.05 * normalizer(build(momentum, nesterov), 7) * gradient)
 
 
 def rounds(strategy: FederatedStrategy) -> float:
@@ -71,8 +82,8 @@ def rounds(strategy: FederatedStrategy) -> float:
         updates = []
         for optimum, steps in ((0.0, 1), (10.0, 20)):
             w = optimum + (params["w"] - optimum) * (1 - 0.001) ** steps
-            extra = normalizer(strategy, steps) if strategy.local_rule else {}
-            updates.append(Update("c", 1, {"w": w - params["w"]}, 1, extra=extra))
+            also = sent(strategy, steps) if strategy.local_rule else {}
+            updates.append(Update("c", 1, {"w": w - params["w"]}, 1, extra=also))
         params, state = strategy.algorithm.apply(state, params, updates)
     return float(params["w"])
 
@@ -86,28 +97,19 @@ def test_who_steps_more_does_not_pull_the_optimum_over() -> None:
     assert rounds(build()) == pytest.approx(fixed, abs=1e-2)
 
 
-def test_buffers_are_averaged_by_examples() -> None:
-    strategy = build()
-    algorithm = strategy.algorithm
-    params = {"w": torch.zeros(2), "mean": torch.tensor(1.0)}
-    updates = [
-        Update("a", 1, {"w": torch.zeros(2), "mean": torch.tensor(4.0)}, 3, extra=normalizer(strategy, 2)),
-        Update("b", 1, {"w": torch.zeros(2), "mean": torch.tensor(8.0)}, 1, extra=normalizer(strategy, 50)),
-    ]
-    state = algorithm.init(params)
-    assert algorithm.share(state).keys() == algorithm.extra(params).keys() == {"w", "mean"}
-    new, _ = algorithm.apply(state, params, updates)
-    assert float(new["mean"]) == 6.0  # 1 + (3*4 + 1*8)/4
-
-
 @pytest.mark.parametrize("bad", [0.0, -1.0, 0.5, 60.1, 1e30, float("nan"), float("inf")])
 def test_impossible_normalizers_are_objected_to(bad: float) -> None:
     objection = build(momentum=0.5, local_epochs=3, batch_size=10).algorithm.objection  # 95 examples: 30 steps
-    most = torch.tensor(59.0, dtype=torch.float64)
-    assert objection(Update("c", 1, {}, 95, extra={"w": most, "mean": ONE})) is None
-    assert objection(Update("c", 1, {}, 95, extra={"w": most, "mean": bad * ONE})) == (
-        f"normalizer of mean: got {bad:g}; expected 1 to 60"
-    )
+    assert [objection(Update("c", 1, {}, 95, extra=extra(good))) for good in (1, 60)] == [None, None]
+    assert objection(Update("c", 1, {}, 95, extra=extra(bad))) == f"normalizer: got {bad:g}; expected 1 to 60"
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_honest_normalizers_are_not_objected_to(nesterov: bool) -> None:
+    strategy = build(0.9, nesterov, local_epochs=10, batch_size=1)
+    for steps in (1, 7, 400):  # 400 are all; who has less time takes fewer
+        update = Update("c", 1, {}, 40, extra=sent(strategy, steps))
+        assert strategy.algorithm.objection(update) is None
 
 
 def test_no_update_changes_nothing() -> None:

@@ -40,3 +40,11 @@ def test_one_is_left_of_any_number_of_updates() -> None:
 def test_the_fraction_is_taken_as_it_is_written() -> None:
     assert int(0.29 * 100) == 28
     assert applied(trimmed(0.29), [1e9] * 29 + [0.0] * 71) == 100.0
+
+
+def test_large_tensors_are_ordered_whole() -> None:
+    rng = torch.Generator().manual_seed(1)
+    deltas = [torch.randn(700, 300, generator=rng) for _ in range(5)]
+    updates = [Update("a", 1, {"w": delta}, 1) for delta in deltas]
+    new, _ = median().algorithm.apply({}, {"w": torch.zeros(700, 300)}, iter(updates))
+    assert torch.equal(new["w"], torch.stack(deltas).median(dim=0).values)

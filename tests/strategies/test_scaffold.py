@@ -30,8 +30,7 @@ def train(strategy: FederatedStrategy, client: str, params: Params, shared: Para
     for _ in range(steps):
         w -= LR * rule.correct_gradient(local, [w], [curvature * (w - optimum)])[0]
     extra, kept[client] = rule.finish(local, LocalEnd([w], steps))
-    delta = {"w": w - params["w"]} | ({"mean": torch.tensor(2.0)} if "mean" in params else {})
-    return Update(client, 1, delta, 1, extra=extra)
+    return Update(client, 1, {"w": w - params["w"]}, 1, extra=extra)
 
 
 def run(strategy: FederatedStrategy, params: Params, rounds: int) -> tuple[Params, Mapping[str, Any], dict[str, Any]]:
@@ -45,15 +44,14 @@ def run(strategy: FederatedStrategy, params: Params, rounds: int) -> tuple[Param
 
 def test_the_second_round_of_a_client_by_hand() -> None:
     rule = build().local_rule
-    shared = {"w": torch.tensor([1.0]), "mean": torch.tensor([7.0])}
-    start = LocalStart(["w"], [torch.tensor([2.0])], shared, {"c_i": {"w": torch.tensor([4.0])}}, 0.5, lambda: 0.0)
+    shared, kept = {"w": torch.tensor([1.0])}, {"c_i": {"w": torch.tensor([4.0])}}
+    start = LocalStart(["w"], [torch.tensor([2.0])], shared, kept, 0.5, lambda: 0.0)
     local = rule.begin(start)
     gradient = torch.tensor([10.0])
     assert rule.correct_gradient(local, [], [gradient])[0].tolist() == [7.0]  # g - c_i + c
     extra, kept = rule.finish(local, LocalEnd([torch.tensor([-4.0])], steps=3))
     assert kept["c_i"]["w"].tolist() == [7.0]  # c_i - c + (x - y) / (K lr) = 4 - 1 + (2 + 4) / (3 * 0.5)
-    assert extra["w"].tolist() == [3.0]
-    assert extra["mean"].tolist() == [0.0]
+    assert extra == {"w": torch.tensor([3.0])}
     assert gradient.tolist() == [10.0]
 
 
@@ -68,6 +66,7 @@ def test_the_server_by_hand() -> None:
     assert new["w"].tolist() == [3.0]  # 1 + 0.5 * (2 + 6)/2
     assert state["c"]["w"].tolist() == [5.0]  # 3 + 2/8 * (4 + 12)/2
     assert algorithm.share(state) is state["c"]
+    assert algorithm.extra(params) == {"w": torch.tensor([0.0])}
 
 
 def test_it_finds_the_optimum_that_fedavg_misses() -> None:
@@ -83,13 +82,6 @@ def test_the_server_keeps_the_mean_of_the_clients_variates() -> None:
     _, state, kept = run(build(), {"w": torch.tensor(0.0)}, 3)
     mean = sum(float(k["c_i"]["w"]) for k in kept.values()) / 2
     assert float(state["c"]["w"]) == pytest.approx(mean, abs=1e-5)
-
-
-def test_buffers_are_averaged_and_have_no_variate() -> None:
-    params, state, kept = run(build(), {"w": torch.tensor(0.0), "mean": torch.tensor(1.0)}, 3)
-    assert float(params["mean"]) == 7.0  # 1 + 3 rounds * 2
-    assert float(state["c"]["mean"]) == 0.0
-    assert kept["flat"]["c_i"].keys() == {"w"}
 
 
 def test_no_update_changes_nothing() -> None:
