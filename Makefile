@@ -30,6 +30,8 @@ bench: $(STAMP)  ## fedtrain against its rivals; prints ratios. Minutes.
 	$(PY) benchmarks/partition.py
 	$(PY) benchmarks/registered_clients.py
 	$(PY) benchmarks/simulate.py
+	$(PY) benchmarks/aggregate.py
+	$(PY) benchmarks/gate.py
 
 paper: $(STAMP)  ## Published results beside measured ones. Needs FEDTRAIN_DATA; about half an hour.
 	$(PY) benchmarks/paper.py

@@ -26,7 +26,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedtrain import flower
 from fedtrain.experiment.gate import GateSection
-from fedtrain.params import Params, RunningSum
+from fedtrain.params import Params, RunningMean
 from fedtrain.server.gate import Gate
 from fedtrain.wire import Update, update_content
 
@@ -93,14 +93,14 @@ def milliseconds(work: Callable[[], object]) -> float:
 def print_cost(megabytes: int, repeats: int) -> None:
     delta = {str(i): torch.randn(megabytes * 250_000 // 8) for i in range(8)}
     update = Update("a", 1, delta, 10, {"loss": 0.5})
-    gate, total = Gate(GateSection(), delta, {}), RunningSum(like=delta)
+    gate, total = Gate(GateSection(), delta, {}), RunningMean(like=delta)
     times: dict[str, list[float]] = {"gate": [], "sum": []}
     for _ in range(repeats):
         times["gate"].append(milliseconds(lambda: gate.objection(update, "a", 1)))
         times["sum"].append(milliseconds(lambda: total.add(delta, 10)))
     checked, added = (statistics.median(found) for found in times.values())
     print(f"\none update of {megabytes} MB; CPU ms, median of {repeats}, one thread")
-    print(f"  gate {checked:.1f}, RunningSum.add {added:.1f}: the gate costs {checked / added:.2f} of adding it up")
+    print(f"  gate {checked:.1f}, RunningMean.add {added:.1f}: the gate costs {checked / added:.2f} of adding it up")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch.nn.utils import get_total_norm
 
-from fedtrain.params import Params, RunningSum, add, zeros_like
+from fedtrain.params import Params, RunningMean, add, zeros_like
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
 from fedtrain.training.rules import LocalRule, LocalStart, Tensors
 from fedtrain.wire import Update
@@ -31,7 +31,7 @@ def build(power: float = 0.5, momentum: float = 0.0, max_grad_norm: float | None
 
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
         """Once per round: the next model, and what to remember. `delta` is the client's model minus the server's."""
-        total = RunningSum(like=params)  # adds up as updates come, so that no list of models is held
+        total = RunningMean(like=params)  # averages as updates come, so that no list of models is held
         for update in updates:
             total.add(update.delta, weight=update.num_examples**power)
         if total.weight == 0:  # no update came

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Params",
-    "RunningSum",
+    "RunningMean",
     "add",
     "difference",
     "exchanged",
@@ -93,37 +93,37 @@ def l2_norm(params: Params) -> float:
     return math.sqrt(total)
 
 
-class RunningSum:
-    """A weighted sum that holds one model however many are added.
+class RunningMean:
+    """A weighted mean that holds one model however many are added, in one pass over each.
 
-    It adds up in float64: one update comes back as itself to the last bit, and the rounding of a thousand updates stays
-    below that of float32. The result depends on the order of `add`, so callers add in client order.
+    Each addition moves the mean towards what is added by its share of the weight so far. Hence one model, or many equal
+    ones, come back to the last bit, and there is no sum whose rounding grows with the weights. Half precisions are
+    averaged in float32. The last bits depend on the order of `add`, so callers add in client order.
 
     Args:
         like: names, shapes and dtypes of the result.
+
+    References:
+        Welford, "Note on a Method for Calculating Corrected Sums of Squares and Products", Technometrics 1962.
     """
 
     def __init__(self, like: Params) -> None:
         self._like = like
-        self._sums = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in like.items()}
-        self._mean: dict[str, Tensor] = {}
+        self._mean = {name: torch.zeros(t.shape, dtype=_wide(t.dtype)) for name, t in like.items()}
         self.weight = 0.0
 
     def add(self, params: Params, weight: float) -> None:
-        """Add `weight * params`."""
-        assert not self._mean, "mean() has ended the sum"
-        for name, total in self._sums.items():
-            # In chunks, because torch widens all that it is given to float64 before it adds.
-            for into, chunk in zip(torch.split(total.view(-1), _CHUNK), torch.split(params[name].reshape(-1), _CHUNK)):
-                into.add_(chunk, alpha=weight)
+        """Take in `params` with a weight of at least 0."""
+        if weight == 0:
+            return
         self.weight += weight
+        for name, mean in self._mean.items():
+            mean.lerp_(params[name].to(mean.dtype), weight / self.weight)
 
     def mean(self) -> dict[str, Tensor]:
-        """The sum divided by the total weight; zeros if nothing was added.
+        """The mean of what was added; zeros if nothing was."""
+        return {name: t.to(self._like[name].dtype) for name, t in self._mean.items()}
 
-        This ends the sum: its memory goes over to the mean, tensor by tensor.
-        """
-        for name in list(self._sums):
-            total = self._sums.pop(name)
-            self._mean[name] = total.div_(self.weight or 1.0).to(self._like[name].dtype)
-        return self._mean
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -70,7 +70,7 @@ def _flatten(level: Mapping[str, Any], parents: tuple[str, ...] = ()) -> tuple[d
     for name, value in level.items():
         if isinstance(value, Tensor):
             # Cloned: a state may hold the very tensors of the parameters, which safetensors refuses.
-            tensors[json.dumps([*parents, name])] = value.detach().cpu().contiguous().clone()
+            tensors[json.dumps([*parents, name])] = torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
             rest[name] = None  # keeps its place: sums over tensors depend on their order
         elif isinstance(value, Mapping):
             inner, rest[name] = _flatten(value, (*parents, name))

@@ -48,15 +48,34 @@ def test_l2_norm_by_hand() -> None:
 
 
 def test_weighted_mean_by_hand() -> None:
-    total = P.RunningSum({"a": torch.zeros(2), "s": torch.tensor(0.0)})
+    total = P.RunningMean({"a": torch.zeros(2), "s": torch.tensor(0.0)})
     total.add({"a": torch.tensor([1.0, 2.0]), "s": torch.tensor(1.0)}, 1)
     total.add({"a": torch.tensor([5.0, 2.0]), "s": torch.tensor(3.0)}, 3)
     assert total.mean()["a"].tolist() == [4.0, 2.0]
     assert total.mean()["s"].item() == 2.5
 
 
+def test_equal_models_come_back_to_the_last_bit_whatever_their_weights() -> None:
+    delta = {"a": torch.randn(1000), "half": torch.randn(10).half()}
+    total = P.RunningMean(delta)
+    for weight in (1, 10**6, 0, 0.3, 7):
+        total.add(delta, weight)
+    assert all(torch.equal(total.mean()[name], delta[name]) for name in delta)
+    assert total.mean()["half"].dtype == torch.float16
+
+
+def test_the_rounding_of_a_thousand_models_stays_near_that_of_float32() -> None:
+    deltas = torch.randn(1000, 500, generator=torch.Generator().manual_seed(1))
+    weights = torch.arange(1.0, 1001.0, dtype=torch.float64)
+    total = P.RunningMean({"a": deltas[0]})
+    for delta, weight in zip(deltas, weights.tolist()):
+        total.add({"a": delta}, weight)
+    exact = (weights @ deltas.double()) / weights.sum()
+    assert (total.mean()["a"] - exact).abs().max() < 2e-7  # of values whose size is 1
+
+
 def test_mean_of_nothing_is_zero() -> None:
-    assert P.RunningSum({"a": torch.ones(2)}).mean()["a"].tolist() == [0.0, 0.0]
+    assert P.RunningMean({"a": torch.ones(2)}).mean()["a"].tolist() == [0.0, 0.0]
 
 
 @given(
@@ -65,6 +84,6 @@ def test_mean_of_nothing_is_zero() -> None:
 )
 def test_one_update_comes_back_to_the_last_bit(values: list[float], weight: int) -> None:
     delta = {"a": torch.tensor(values)}
-    total = P.RunningSum(delta)
+    total = P.RunningMean(delta)
     total.add(delta, weight)
     assert torch.equal(total.mean()["a"], delta["a"])

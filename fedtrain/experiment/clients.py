@@ -85,7 +85,7 @@ class ClientsSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> ClientsSection:
         if self.sampling == "power-of-choice" and self.per_round is None:
-            raise ValueError("power-of-choice needs per_round: how many of the candidates to choose")
+            raise ValueError('sampling = "power-of-choice" needs per_round: how many to choose')
         if self.candidates is not None and self.sampling != "power-of-choice":
             raise ValueError('candidates goes with sampling = "power-of-choice"')
         if self.candidates is not None and self.candidates < (self.per_round or 0):
@@ -96,8 +96,10 @@ class ClientsSection(Section):
             raise ValueError("over_selection needs per_round: all clients are asked already")
         if self.over_selection > 1 and self.sampling == "poisson":
             raise ValueError('over_selection contradicts sampling = "poisson", in which no client replaces another')
-        if self.duration is None and (self.over_selection > 1 or self.deadline is not None):
-            raise ValueError("over_selection and deadline need duration: how long clients take")
+        if self.over_selection > 1 and self.duration is None:
+            raise ValueError("over_selection needs duration: how long clients take")
+        if self.deadline is not None and self.duration is None:
+            raise ValueError("deadline needs duration: how long clients take")
         if self.late == "partial" and self.deadline is None:
             raise ValueError('late = "partial" needs deadline')
         return self

@@ -259,7 +259,7 @@ class Experiment(Section):
     training: TrainingSection = TrainingSection()
     """What a client does in a round."""
     strategy: StrategySection = FedAvgStrategy()
-    """How the server turns updates into the next model."""
+    """How the server turns updates into the next model; your own as name = "file.py:function"."""
     personalization: PersonalizationSection = PersonalizationSection()
     """What each client has for itself."""
     gate: GateSection = GateSection()
@@ -285,13 +285,26 @@ class Experiment(Section):
             raise ValueError(
                 f'strategy.name = "{strategy.name}" needs training.optimizer = sgd, without momentum and weight_decay'
             )
+        wanted = self.clients.per_round or self.data.clients
+        if wanted is not None and wanted < strategy.least_updates:
+            raise ValueError(
+                f'strategy.name = "{strategy.name}" needs {strategy.least_updates} updates a round, more than '
+                f"{'clients.per_round' if self.clients.per_round else 'data.clients'} = {wanted}; "
+                "lower strategy.byzantine, or ask more clients"
+            )
         if isinstance(strategy, FedBuffStrategy):
             if self.clients.duration is None:
                 raise ValueError('strategy.name = "fedbuff" needs clients.duration: how long clients take')
-            if self.clients.per_round is not None or self.clients.sampling not in ("uniform", "by-size"):
+            if self.clients.per_round is not None:
                 raise ValueError(
-                    'strategy.name = "fedbuff" draws clients by its max_in_flight: leave out clients.per_round, '
-                    "and let clients.sampling be uniform or by-size"
+                    'strategy.name = "fedbuff" draws clients by its max_in_flight: leave out clients.per_round'
+                )
+            if self.clients.sampling not in ("uniform", "by-size"):
+                raise ValueError('strategy.name = "fedbuff" needs clients.sampling = "uniform" or "by-size"')
+            if self.data.clients is not None and strategy.buffer_size > self.data.clients:
+                raise ValueError(
+                    f"strategy.buffer_size = {strategy.buffer_size} can never fill with data.clients = "
+                    f"{self.data.clients}: a client trains on one model at most once"
                 )
             if self.clients.deadline is not None:
                 raise ValueError('strategy.name = "fedbuff" waits for nobody: leave out clients.deadline')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from fedtrain.experiment.base import Section, tag_defaults_to
 
@@ -41,6 +41,11 @@ _Decay = Annotated[float, Field(ge=0, lt=1)]
 class _Strategy(Section):
     needs_plain_sgd: ClassVar[bool] = False  # its mathematics holds for SGD without momentum and weight decay
     needs_sgd: ClassVar[bool] = False
+
+    @property
+    def least_updates(self) -> int:
+        """Fewest updates of a round that the mathematics can do with."""
+        return 1
 
 
 class FedAvgStrategy(_Strategy):
@@ -160,6 +165,10 @@ class _Krum(_Strategy):
     byzantine: int = Field(default=1, ge=0)
     """f, the most clients of a round that may be malicious."""
 
+    @property
+    def least_updates(self) -> int:
+        return 2 * self.byzantine + 3
+
 
 class KrumStrategy(_Krum):
     """The one update that is nearest to its neighbours (Blanchard et al. 2017); needs 2f + 3 updates."""
@@ -179,6 +188,10 @@ class BulyanStrategy(_Krum):
     """Krum's selection, then a trimmed mean around the median (El Mhamdi et al. 2018); needs 4f + 3 updates."""
 
     name: Literal["bulyan"]
+
+    @property
+    def least_updates(self) -> int:
+        return 4 * self.byzantine + 3
 
 
 class GeometricMedianStrategy(_Strategy):
@@ -228,12 +241,6 @@ class FedBuffStrategy(_Strategy):
     server_lr: _Positive = 1.0
     """Learning rate of the server."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> FedBuffStrategy:
-        if self.max_in_flight < self.buffer_size:
-            raise ValueError("max_in_flight must be at least buffer_size: a buffer could never fill otherwise")
-        return self
-
 
 class OwnStrategy(_Strategy):
     """Your own strategy, or any flwr Strategy, by import path or file."""
@@ -246,8 +253,9 @@ class OwnStrategy(_Strategy):
 
 
 def _own_by_path(value: Any) -> Any:
-    """Read `name = "file.py:build"` as the longer `name = "own", path = "file.py:build"`."""
-    if isinstance(value, dict) and isinstance(value.get("name"), str) and ":" in value["name"]:
+    """Read `name = "file.py:build"` as the longer `name = "own", path = "file.py:build"`; no built-in has a dot."""
+    is_path = isinstance(value, dict) and isinstance(value.get("name"), str) and set(":.") & set(value["name"])
+    if is_path and "path" not in value:
         return {**value, "name": "own", "path": value["name"]}
     return value
 

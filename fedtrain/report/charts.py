@@ -20,16 +20,13 @@ import numpy.typing as npt
 
 from fedtrain.errors import shorten
 from fedtrain.records import DataSummary, RoundRecord
-from fedtrain.report.view import ClientScore, Facts, RunView
+from fedtrain.report.view import SERIES, ClientScore, Facts, RunView, higher_is_better, measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["SERIES", "can_draw", "convergence", "label_map", "largest_share", "per_client"]
-
-SERIES = {"central": "central test set", "clients": "clients' held-out examples", "train": "training examples"}
-"""Part of a RoundRecord -> what its numbers are measured on."""
+__all__ = ["can_draw", "convergence", "label_map", "largest_share", "per_client"]
 
 _COLOURS = {
     "#f00001": "var(--ink)",
@@ -37,13 +34,15 @@ _COLOURS = {
     "#f00003": "var(--rule)",
     "#f00004": "var(--central)",
     "#f00005": "var(--clients)",
-    "#f00006": "var(--train)",
+    "#f00006": "var(--personal)",
+    "#f00007": "var(--train)",
 }
-_INK, _MUTED, _RULE, _CENTRAL, _CLIENTS, _TRAIN = _COLOURS
-_LINES = {"central": (_CENTRAL, 1.8), "clients": (_CLIENTS, 1.4), "train": (_TRAIN, 1.1)}
+_INK, _MUTED, _RULE, _CENTRAL, _CLIENTS, _PERSONAL, _TRAIN = _COLOURS
+_LINES = {"central": (_CENTRAL, 1.8), "clients": (_CLIENTS, 1.4), "personal": (_PERSONAL, 1.4), "train": (_TRAIN, 1.1)}
 _HEAT = (0x2B, 0x7B, 0xBA)  # a mid blue that reads on white and on black
 _MOST_NAMES = 30  # on an axis
 _CROWDED = 400  # points; above that a thin line says as much as dots
+_LONGER = [(3600.0, "hours"), (60.0, "minutes")]
 _LARGEST = 1e100  # squares of larger values overflow in the layout
 
 _STYLE = {
@@ -86,10 +85,10 @@ def can_draw(value: float) -> bool:
 
 
 def convergence(run: RunView, facts: Facts) -> list[str]:
-    """Draw metric and loss over rounds, over bytes moved and over time.
+    """Draw metric and loss over rounds, over bytes moved, over time, and over virtual time where there is any.
 
     Returns:
-        three SVG elements.
+        an SVG element each.
     """
     records = run.records
     moved = np.cumsum([float(r.bytes_up + r.bytes_down) for r in records])
@@ -97,9 +96,14 @@ def convergence(run: RunView, facts: Facts) -> list[str]:
     axes: list[tuple[str, npt.NDArray[np.float64]]] = [
         ("rounds", np.array([float(r.round_number) for r in records])),
         _scaled(moved, [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")], "{} moved, both ways"),
-        _scaled(seconds, [(3600.0, "hours"), (60.0, "minutes")], "{}", "seconds"),
+        _scaled(seconds, _LONGER, "{}", "seconds"),
     ]
-    return [_convergence_chart(run, facts, label, x, f"convergence-{i}") for i, (label, x) in enumerate(axes)]
+    width = 3.5
+    if facts.virtual_seconds:
+        virtual = np.cumsum([r.virtual_seconds for r in records])
+        axes.append(_scaled(virtual, _LONGER, "{} on the virtual clock", "seconds"))
+        width = 5.4  # two charts side by side rather than three
+    return [_convergence_chart(run, facts, label, x, width, f"convergence-{i}") for i, (label, x) in enumerate(axes)]
 
 
 def label_map(data: DataSummary) -> str:
@@ -136,7 +140,7 @@ def largest_share(data: DataSummary) -> float:
 
 
 def per_client(scores: Sequence[ClientScore], facts: Facts) -> str:
-    """Draw each client's result, the worst first, each dot as large as the client.
+    """Draw each client's result, the worst first, each dot as large as the client; rings are personal models.
 
     Args:
         scores: the worst first; those without a value that can be drawn are left out.
@@ -147,15 +151,23 @@ def per_client(scores: Sequence[ClientScore], facts: Facts) -> str:
     """
     drawn = [score for score in scores if can_draw(score.value)]
     values = np.array([score.value for score in drawn])
+    personal = [(i, s.personal) for i, s in enumerate(drawn) if s.personal is not None and can_draw(s.personal)]
     with _figure("clients", (7.2, 2.9)) as (figure, finish):
         axes = figure.subplots()
         title = f"{shorten(facts.metric, 40)}, worst client first"
         if len(drawn) > _CROWDED:
             axes.plot(values, color=_CLIENTS, linewidth=1.8)
+            # In an order of their own: one client's gain cannot be seen among so many.
+            own = sorted((value for _, value in personal), reverse=not higher_is_better(facts.metric))
+            if own:
+                axes.plot(np.linspace(0, len(drawn) - 1, len(own)), own, color=_PERSONAL, linewidth=1.8)
         else:
             sizes = np.clip(np.nan_to_num([score.num_examples for score in drawn]), 0, _LARGEST)
             areas = 14 + 106 * sizes / max(sizes.max(initial=0.0), 1.0)
             axes.scatter(range(len(drawn)), values, s=areas, color=_CLIENTS, alpha=0.75, linewidths=0)
+            if personal:
+                at, own = zip(*personal)
+                axes.scatter(at, own, s=areas[list(at)], facecolors="none", edgecolors=_PERSONAL, linewidths=1.4)
             title += "; the larger a dot, the more examples"
         if _mark(axes, facts.clients_mean):
             title += "; dashed: mean"
@@ -172,9 +184,11 @@ def _shares(data: DataSummary) -> npt.NDArray[np.float64]:
     return shares
 
 
-def _convergence_chart(run: RunView, facts: Facts, x_label: str, x: npt.NDArray[np.float64], name: str) -> str:
+def _convergence_chart(
+    run: RunView, facts: Facts, x_label: str, x: npt.NDArray[np.float64], width: float, name: str
+) -> str:
     panels = [facts.metric] if facts.metric == "loss" else [facts.metric, "loss"]
-    with _figure(name, (3.5, 1.7 * len(panels) + 0.4)) as (figure, finish):
+    with _figure(name, (width, 1.7 * len(panels) + 0.4)) as (figure, finish):
         column = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, metric in zip(column, panels):
             for part in reversed(SERIES):  # what matters most lies on top
@@ -193,11 +207,12 @@ def _convergence_chart(run: RunView, facts: Facts, x_label: str, x: npt.NDArray[
 
 def _line(axes: Axes, x: npt.NDArray[np.float64], records: Sequence[RoundRecord], part: str, metric: str) -> None:
     """Draw one series; rounds without it are bridged, what cannot be drawn is a gap."""
-    measured = [(i, getattr(r, part)[metric]) for i, r in enumerate(records) if metric in getattr(r, part)]
-    if not measured:
+    numbers = [measured(r, part) for r in records]
+    points = [(i, of[metric]) for i, of in enumerate(numbers) if metric in of]
+    if not points:
         return
-    at = np.array([i for i, _ in measured])
-    values = np.array([value if can_draw(value) else math.nan for _, value in measured])
+    at = np.array([i for i, _ in points])
+    values = np.array([value if can_draw(value) else math.nan for _, value in points])
     colour, width = _LINES[part]
     width *= 0.6 if len(values) > _CROWDED else 1
     marker = "o" if len(values) <= 12 else ""

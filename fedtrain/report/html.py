@@ -12,9 +12,9 @@ from urllib.parse import quote
 from fedtrain.disk import atomic_write
 from fedtrain.errors import MissingExtraError, RunError, shorten
 from fedtrain.records import DataSummary, Heterogeneity, Manifest, RoundRecord
-from fedtrain.report.charts import SERIES, can_draw, convergence, label_map, largest_share, per_client
+from fedtrain.report.charts import can_draw, convergence, label_map, largest_share, per_client
 from fedtrain.report.text import show_bytes, show_metric, show_seconds, summary_lines
-from fedtrain.report.view import ClientScore, Facts, RunView, client_scores
+from fedtrain.report.view import PERSONAL, SERIES, ClientScore, Facts, RunView, client_scores, measured
 
 __all__ = ["write_report"]
 
@@ -100,18 +100,19 @@ def _context(run: RunView) -> dict[str, Any]:
         "run": run,
         "facts": facts,
         "sentences": summary_lines(run),
-        "series": {part: words for part, words in SERIES.items() if any(getattr(r, part) for r in run.records)},
+        "series": {part: words for part, words in SERIES.items() if any(measured(r, part) for r in run.records)},
         "convergence": convergence(run, facts),
-        "convergence_csv": _data_uri(_convergence_rows(run.records)),
+        "convergence_csv": _data_uri(_convergence_rows(run.records, facts)),
         "labels": _labels(run.data) if run.data and run.data.label_names else None,
         "heterogeneity": _heterogeneity(run.data.heterogeneity) if run.data and run.data.heterogeneity else [],
         "scores": scores,
         "scores_chart": per_client(scores, facts) if scores else "",
-        "scores_csv": _data_uri(_score_rows(scores, facts.metric)),
+        "scores_csv": _data_uri(_score_rows(scores, facts)),
         "not_drawn": sum(not can_draw(score.value) for score in scores),
         "worst": scores[:_WORST],
         "quarantined": facts.quarantined[:_MOST_ROWS],
         "records": records,
+        "round_columns": _round_columns(facts),
         "left_out": len(run.records) - len(records),
         "manifest": _manifest_rows(run.manifest),
     }
@@ -144,23 +145,31 @@ def _manifest_rows(manifest: Manifest) -> list[tuple[str, object]]:
     return rows
 
 
-def _convergence_rows(records: Sequence[RoundRecord]) -> list[list[object]]:
+def _convergence_rows(records: Sequence[RoundRecord], facts: Facts) -> list[list[object]]:
     """One row a round, with the running totals that the charts use."""
-    columns = sorted({(part, name) for r in records for part in SERIES for name in getattr(r, part)})
-    moved, seconds = 0, 0.0
+    columns = sorted({(part, name) for r in records for part in SERIES for name in measured(r, part)})
+    moved, seconds, virtual = 0, 0.0, 0.0
     rows: list[list[object]] = []
     for record in records:
         moved += record.bytes_up + record.bytes_down
         seconds += record.seconds_train + record.seconds_evaluate
-        values = [getattr(record, part).get(name, "") for part, name in columns]
-        rows.append([record.round_number, moved, seconds, *values])
-    header = ["round", "bytes_moved", "seconds", *(f"{part}_{name}" for part, name in columns)]
+        virtual += record.virtual_seconds
+        clock = [virtual] if facts.virtual_seconds else []
+        values = [measured(record, part).get(name, "") for part, name in columns]
+        rows.append([record.round_number, moved, seconds, *clock, *values])
+    clock_name = ["virtual_seconds"] if facts.virtual_seconds else []
+    header = ["round", "bytes_moved", "seconds", *clock_name, *(f"{part}_{name}" for part, name in columns)]
     return [list[object](header), *_thinned(rows)]
 
 
-def _score_rows(scores: Sequence[ClientScore], metric: str) -> list[list[object]]:
-    header: list[object] = ["client", metric, "loss", "num_examples"]
-    return [header, *([s.client, s.value, s.loss, s.num_examples] for s in _thinned(scores))]
+def _score_rows(scores: Sequence[ClientScore], facts: Facts) -> list[list[object]]:
+    header: list[object] = ["client", facts.metric, "loss", "num_examples"]
+    rows: list[list[object]] = [[s.client, s.value, s.loss, s.num_examples] for s in _thinned(scores)]
+    if facts.personal:
+        header.append(f"{PERSONAL}{facts.metric}")
+        for row, score in zip(rows, _thinned(scores)):
+            row.append("" if score.personal is None else score.personal)
+    return [header, *rows]
 
 
 def _thinned(rows: Sequence[_T]) -> list[_T]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from fedtrain.errors import shorten
@@ -26,9 +27,13 @@ def summary_lines(run: RunView) -> list[str]:
         _skew(run) if run.data else "",
         _central(facts),
         _clients(facts),
+        _personal(facts),
         _cost(facts),
+        _virtual(facts),
+        _late(facts),
         _target(run, facts),
         _quarantined(facts),
+        _set_aside(facts),
     ]
     return [line for line in lines if line]
 
@@ -130,12 +135,37 @@ def _clients(facts: Facts) -> str:
     return f"{text} of {_count(facts.clients_measured, 'client')}, {worst} for the {facts.worst}."
 
 
+def _personal(facts: Facts) -> str:
+    own, shared = facts.personal, facts.not_personal
+    if own is None or shared is None:
+        return ""
+    values = [show_metric(facts.metric, v) for v in (own.mean, own.worst_tenth, shared.mean, shared.worst_tenth)]
+    return (
+        f"Personal models: {shorten(facts.metric, 40)} {values[0]} on average of {_count(own.clients, 'client')}, "
+        f"{values[1]} for the {own.worst}; without them {values[2]} and {values[3]}."
+    )
+
+
 def _cost(facts: Facts) -> str:
     moved = facts.bytes_up + facts.bytes_down
     return (
         f"{show_bytes(moved)} moved ({show_bytes(facts.bytes_up)} up, {show_bytes(facts.bytes_down)} down) "
         f"in {show_seconds(facts.seconds)}."
     )
+
+
+def _virtual(facts: Facts) -> str:
+    if not facts.virtual_seconds:
+        return ""
+    stale = f"; an update was {facts.staleness:.1f} rounds old on average" if facts.staleness else ""
+    return f"{show_seconds(facts.virtual_seconds)} on the virtual clock{stale}."
+
+
+def _late(facts: Facts) -> str:
+    if not facts.late:
+        return ""
+    share = facts.late / facts.asked
+    return f"Late and not waited for: {facts.late:,} of {_count(facts.asked, 'update')} asked for ({share:.1%})."
 
 
 def _target(run: RunView, facts: Facts) -> str:
@@ -152,10 +182,20 @@ def _quarantined(facts: Facts) -> str:
     if not facts.quarantined:
         return ""
     often = Counter(client for _, client, _ in facts.quarantined)
-    named = [shorten(client, 40) for client, _ in often.most_common(3)]
-    more = f" and {len(often) - 3:,} more" if len(often) > 3 else ""
-    whose = f"{_count(len(often), 'client')}: {', '.join(named)}{more}"
+    whose = f"{_count(len(often), 'client')}: {_named([shorten(client, 40) for client, _ in often.most_common()])}"
     return f"Quarantined {_count(len(facts.quarantined), 'update')} of {whose}."
+
+
+def _set_aside(facts: Facts) -> str:
+    if not facts.set_aside:
+        return ""
+    names = [f"{shorten(client, 40)} in round {number}" for number, client in facts.set_aside]
+    return f"Set aside for the rest of the run: {_named(names)}."
+
+
+def _named(names: Sequence[str]) -> str:
+    """The first three of some names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def _count(number: int, noun: str) -> str:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from fedtrain.experiment.sections import Experiment
 from fedtrain.records import DataSummary, Manifest, RoundRecord
 
-__all__ = ["ClientScore", "Facts", "RunView", "client_scores", "higher_is_better"]
+__all__ = ["PERSONAL", "SERIES", "ClientScore", "Facts", "RunView", "Spread", "client_scores", "higher_is_better", "measured"]
+
+SERIES = {
+    "central": "central test set",
+    "clients": "clients' held-out examples",
+    "personal": "the same, with personal models",
+    "train": "training examples",
+}
+"""Part of what is measured in a round -> what it is measured on; what matters most first."""
+
+# Repeated here, because client.app imports torch and flwr; a test compares them.
+PERSONAL = "personal_"
+"""Prefix of a metric that was measured on each client's own model."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,21 @@ class ClientScore:
     value: float  # of the run's main metric; NaN if the client reported none
     loss: float
     num_examples: float
+    personal: float | None = None  # the value of its own model, if it has one
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How some clients fare."""
+
+    clients: int
+    mean: float  # weighted by held-out examples
+    worst_tenth: float  # mean over the worst tenth of the clients, each counted once
+
+    @property
+    def worst(self) -> str:
+        """What `worst_tenth` is the mean over, in words."""
+        return _worst(self.clients)
 
 
 @dataclass(frozen=True)
@@ -46,11 +73,18 @@ class Facts:
     clients_mean: float | None  # weighted by held-out examples
     worst_tenth: float | None  # mean over the worst tenth of the clients, each counted once
     clients_measured: int
+    personal: Spread | None  # the clients with a model of their own
+    not_personal: Spread | None  # the same clients without it
     bytes_up: int
     bytes_down: int
     seconds: float
+    virtual_seconds: float  # of the whole run; 0 without a virtual clock
+    asked: int  # updates that were asked for and either arrived or were late
+    late: int  # of these, those that were not waited for
+    staleness: float  # mean over the updates used, in rounds; 0 but for asynchronous strategies
     target_round: int | None
     quarantined: tuple[tuple[int, str, str], ...]  # (round, client, reason)
+    set_aside: tuple[tuple[int, str], ...]  # (round, client)
 
     @classmethod
     def of(cls, run: RunView) -> Facts:
@@ -61,7 +95,10 @@ class Facts:
         better = max if higher_is_better(metric) else min
         best_round, best = better(finite, key=lambda pair: pair[1]) if finite else (0, None)
         scores = client_scores(run, metric)
-        worst = [score.value for score in scores[: math.ceil(len(scores) / 10)]]
+        with_own = [score for score in scores if score.personal is not None]
+        personal = [replace(score, value=score.personal) for score in with_own if score.personal is not None]
+        used = sum(len(r.participants) for r in run.records)
+        late = sum(len(r.late) for r in run.records)
         clients = [r.clients[metric] for r in run.records if metric in r.clients]
         return cls(
             metric=metric,
@@ -71,26 +108,52 @@ class Facts:
             best=best,
             best_round=best_round,
             clients_mean=clients[-1] if clients else None,
-            worst_tenth=sum(worst) / len(worst) if worst else None,
+            worst_tenth=_worst_tenth(scores) if scores else None,
             clients_measured=len(scores),
+            personal=_spread(_worst_first(personal, metric)),
+            not_personal=_spread(with_own),
             bytes_up=sum(r.bytes_up for r in run.records),
             bytes_down=sum(r.bytes_down for r in run.records),
             seconds=sum(r.seconds_train + r.seconds_evaluate for r in run.records),
+            virtual_seconds=sum(r.virtual_seconds for r in run.records),
+            asked=used + late + sum(len(r.quarantined) for r in run.records),
+            late=late,
+            staleness=sum(r.staleness * len(r.participants) for r in run.records) / max(used, 1),
             target_round=_target_round(run),
             quarantined=tuple(
                 (r.round_number, client, reason) for r in run.records for client, reason in r.quarantined.items()
             ),
+            set_aside=tuple((r.round_number, client) for r in run.records for client in r.set_aside),
         )
 
     @property
     def worst(self) -> str:
         """What `worst_tenth` is the mean over, in words."""
-        return "worst client" if self.clients_measured <= 10 else "worst tenth"
+        return _worst(self.clients_measured)
 
 
 def higher_is_better(metric: str) -> bool:
     """Tell whether a metric grows as the model gets better; all others shrink."""
     return metric in ("accuracy", "r2")
+
+
+def measured(record: RoundRecord, part: str) -> Mapping[str, float]:
+    """Pick a part of what was measured in a round.
+
+    Args:
+        record: of the round.
+        part: a key of `SERIES`; the clients' numbers are without, the personal ones with a model of their own.
+
+    Returns:
+        Loss and metrics by name.
+    """
+    if part == "personal":
+        own = ((name, value) for name, value in record.clients.items() if name.startswith(PERSONAL))
+        return {name.removeprefix(PERSONAL): value for name, value in own}
+    if part == "clients":
+        return {name: value for name, value in record.clients.items() if not name.startswith(PERSONAL)}
+    numbers: dict[str, float] = getattr(record, part)
+    return numbers
 
 
 def client_scores(run: RunView, metric: str) -> list[ClientScore]:
@@ -105,24 +168,48 @@ def client_scores(run: RunView, metric: str) -> list[ClientScore]:
             values.get(metric, math.nan),
             values.get("loss", math.nan),
             values.get("num_examples", 0.0),
+            values.get(f"{PERSONAL}{metric}"),
         )
         for client, values in last.items()
     ]
+    return _worst_first(scores, metric)
+
+
+def _worst_first(scores: Iterable[ClientScore], metric: str) -> list[ClientScore]:
     sign = 1 if higher_is_better(metric) else -1
     return sorted(scores, key=lambda s: (sign * s.value if math.isfinite(s.value) else -math.inf, s.client))
 
 
+def _worst_tenth(scores: Sequence[ClientScore]) -> float:
+    """Mean over the first tenth of scores that come worst first."""
+    worst = [score.value for score in scores[: math.ceil(len(scores) / 10)]]
+    return sum(worst) / len(worst)
+
+
+def _spread(scores: Sequence[ClientScore]) -> Spread | None:
+    """Sum up scores that come worst first."""
+    examples = sum(score.num_examples for score in scores)
+    if not examples:
+        return None
+    mean = sum(score.value * score.num_examples for score in scores) / examples
+    return Spread(len(scores), mean, _worst_tenth(scores))
+
+
+def _worst(clients: int) -> str:
+    return "worst client" if clients <= 10 else "worst tenth"
+
+
 def _main_metric(run: RunView) -> str:
     """The target's metric, else accuracy, else the first one measured beside the loss, else the loss."""
-    measured = list(_names(run.records))
+    names = list(_names(run.records))
     for wanted in (run.experiment.evaluation.target_metric, "accuracy"):
-        if wanted in measured:
+        if wanted in names:
             return wanted
-    return next((name for name in measured if name != "loss"), "loss")
+    return next((name for name in names if name != "loss"), "loss")
 
 
 def _names(records: Iterable[RoundRecord]) -> dict[str, None]:
-    return {name: None for r in records for part in (r.central, r.clients, r.train) for name in part}
+    return {name: None for r in records for part in SERIES for name in measured(r, part)}
 
 
 def _target_round(run: RunView) -> int | None:

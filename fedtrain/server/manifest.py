@@ -17,6 +17,7 @@ from fedtrain.disk import sha256_of
 from fedtrain.errors import RunFolderError
 from fedtrain.experiment.load import identity
 from fedtrain.experiment.sections import Experiment
+from fedtrain.experiment.strategies import OwnStrategy
 from fedtrain.records import Manifest
 from fedtrain.rundir import RunFolder
 
@@ -105,8 +106,10 @@ def refuse_other_run(folder: RunFolder, experiment: Experiment, base: Path) -> N
 
 def _own_files(experiment: Experiment, base: Path) -> dict[str, str]:
     """SHA-256 of the user's code and data files that the experiment names; where a folder of images lies."""
-    code = [name.rpartition(":")[0] for name in (experiment.task.name, experiment.data.name) if name and ".py:" in name]
-    named = code + ([experiment.data.path] if experiment.data.path else [])
+    strategy = experiment.strategy.path if isinstance(experiment.strategy, OwnStrategy) else None
+    code = (experiment.task.name, experiment.data.name, strategy)
+    named = [name.rpartition(":")[0] for name in code if name and ".py:" in name]
+    named += [path for path in (experiment.data.path, experiment.clients.tags) if path]
     paths = {name: base / Path(name).expanduser() for name in named}
     return {name: sha256_of(path) if path.is_file() else str(path.resolve()) for name, path in paths.items()}
 

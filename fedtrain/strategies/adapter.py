@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedtrain import flower, wire
-from fedtrain.params import Params, RunningSum, add
+from fedtrain.params import Params, RunningMean, add
 from fedtrain.strategies.base import Algorithm, State
 from fedtrain.training.evaluation import weighted_mean
 
@@ -71,7 +71,7 @@ class AlgorithmRunner:
 
     def aggregate(self, round_number: int, params: Params, updates: Iterable[wire.Update]) -> Params:
         buffers = {name: t for name, t in params.items() if name in self._buffers}
-        total = RunningSum(like=buffers)
+        total = RunningMean(like=buffers)
 
         def passing() -> Iterable[wire.Update]:
             for update in updates:

@@ -29,8 +29,8 @@ def bulyan(section: BulyanStrategy) -> FederatedStrategy:
     """Build Bulyan.
 
     With n updates of d numbers it takes O(n^2 d) time and holds all n updates. It needs n >= 4f + 3; with f bad ones at
-    most, each coordinate is a mean of values near a median whose majority is good. Of equal scores, the first in client
-    order is selected; of two values equally near to the median, the smaller one counts.
+    most, each coordinate is a mean of values near a median whose majority is good. Of equal scores, the one
+    nearest to all is selected; of two values equally near to the median, the smaller one counts.
 
     flwr's Bulyan selects in a single pass, the theta least s(i) among all n. In the paper s(i) is computed again among
     those left, as Krum's sum over the r - f - 2 nearest of r: so it is here. When less than f + 3 are left, the single
@@ -42,7 +42,9 @@ def bulyan(section: BulyanStrategy) -> FederatedStrategy:
         left = list(range(len(distances)))
         selected: list[int] = []
         while len(selected) < len(distances) - 2 * byzantine:
-            scores = krum_scores(distances[left][:, left], byzantine)
+            among = distances[left][:, left]
+            # Two that are nearest to each other have equal scores.
+            scores = list(zip(krum_scores(among, byzantine), among.sum(dim=1).tolist()))
             selected.append(left.pop(scores.index(min(scores))))
         return selected
 
@@ -67,4 +69,4 @@ def bulyan(section: BulyanStrategy) -> FederatedStrategy:
         selected = [deltas[position] for position in select(squared_distances(deltas))]
         return add(params, by_coordinate(selected, params, mean_around_median)), state
 
-    return FederatedStrategy(Algorithm(init, apply))
+    return FederatedStrategy(Algorithm(init, apply, takes_buffers=True))

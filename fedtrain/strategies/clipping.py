@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fedtrain.experiment.strategies import CenteredClippingStrategy, NormBoundingStrategy
-from fedtrain.params import Params, RunningSum, add, difference, l2_norm, scaled, zeros_like
+from fedtrain.params import Params, RunningMean, add, difference, l2_norm, scaled, zeros_like
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
 from fedtrain.wire import Update
 
@@ -32,7 +32,7 @@ def centered_clipping(section: CenteredClippingStrategy) -> FederatedStrategy:
 
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
         center = state["center"]
-        total = RunningSum(like=params)
+        total = RunningMean(like=params)
         count = 0
         for update in updates:
             total.add(update.delta, _share(l2_norm(difference(update.delta, center)), section.radius))
@@ -44,7 +44,7 @@ def centered_clipping(section: CenteredClippingStrategy) -> FederatedStrategy:
         center = total.mean()
         return add(params, center), {"center": center}
 
-    return FederatedStrategy(Algorithm(init, apply))
+    return FederatedStrategy(Algorithm(init, apply, takes_buffers=True))
 
 
 def norm_bounding(section: NormBoundingStrategy) -> FederatedStrategy:
@@ -58,7 +58,7 @@ def norm_bounding(section: NormBoundingStrategy) -> FederatedStrategy:
         return {}
 
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
-        total = RunningSum(like=params)
+        total = RunningMean(like=params)
         num_examples = 0
         for update in updates:
             total.add(update.delta, update.num_examples * _share(l2_norm(update.delta), section.max_norm))
@@ -67,7 +67,7 @@ def norm_bounding(section: NormBoundingStrategy) -> FederatedStrategy:
             return params, state
         return add(params, scaled(total.mean(), total.weight / num_examples)), state
 
-    return FederatedStrategy(Algorithm(init, apply))
+    return FederatedStrategy(Algorithm(init, apply, takes_buffers=True))
 
 
 def _share(norm: float, limit: float) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedtrain.params import Params, RunningSum, add
+from fedtrain.params import Params, RunningMean, add
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
 from fedtrain.wire import Update
 
@@ -24,9 +24,10 @@ def fedavg() -> FederatedStrategy:
         return {}
 
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
-        total = RunningSum(like=params)
+        total = RunningMean(like=params)
         for update in updates:
             total.add(update.delta, update.num_examples)
+            del update  # else it would lie beside the next one
         return (add(params, total.mean()) if total.weight else params), state
 
-    return FederatedStrategy(Algorithm(init, apply), local_rule=None)
+    return FederatedStrategy(Algorithm(init, apply, takes_buffers=True))

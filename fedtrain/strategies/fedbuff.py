@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fedtrain.experiment.strategies import FedBuffStrategy
-from fedtrain.params import Params, RunningSum, add, scaled
+from fedtrain.params import Params, RunningMean, add, scaled
 from fedtrain.strategies.base import Algorithm, Asynchrony, FederatedStrategy, State
 from fedtrain.wire import Update
 
@@ -32,7 +32,7 @@ def fedbuff(section: FedBuffStrategy) -> FederatedStrategy:
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
         round_number = state["round_number"]
         newest = round_number
-        total = RunningSum(like=params)
+        total = RunningMean(like=params)
         count = 0  # K, less what the gate refused
         for update in updates:
             # A round without updates has left the state behind: what started later than it knows of is not stale.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedtrain.experiment.strategies import FedDynStrategy
-from fedtrain.params import Params, RunningSum, add, scaled, zeros_like
+from fedtrain.params import Params, RunningMean, add, scaled, zeros_like
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
 from fedtrain.strategies.fedprox import pulled
 from fedtrain.training.rules import LocalEnd, LocalRule, LocalStart, Tensors
@@ -46,7 +46,7 @@ def _algorithm(alpha: float, num_clients: int) -> Algorithm:
         return {"h": zeros_like(params)}
 
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
-        total = RunningSum(like=params)
+        total = RunningMean(like=params)
         for update in updates:
             total.add(update.delta, 1.0)
         participation = total.weight / num_clients  # |P| / m

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fedtrain.experiment.sections import SgdSection, TrainingSection
-from fedtrain.params import Params, RunningSum, add, scaled
+from fedtrain.params import Params, RunningMean, add, scaled
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
 from fedtrain.training.loop import local_steps
 from fedtrain.training.rules import LocalEnd, LocalRule
@@ -50,7 +50,7 @@ def _algorithm(training: TrainingSection, momentum: float) -> Algorithm:
         return None if 1 <= normalizer <= most else f"normalizer: got {normalizer:g}; expected 1 to {most:g}"
 
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
-        total = RunningSum(like=params)
+        total = RunningMean(like=params)
         examples = weighted_normalizers = 0.0
         for update in updates:
             normalizer = float(update.extra["normalizer"])

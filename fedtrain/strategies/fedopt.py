@@ -27,7 +27,7 @@ from fedtrain.experiment.strategies import (
     FedOptStrategy,
     FedYogiStrategy,
 )
-from fedtrain.params import Params, RunningSum, zeros_like
+from fedtrain.params import Params, RunningMean, zeros_like
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
 from fedtrain.wire import Update
 
@@ -45,7 +45,7 @@ def server_optimizer(
     """
 
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
-        total = RunningSum(like=params)
+        total = RunningMean(like=params)
         for update in updates:
             total.add(update.delta, update.num_examples)
         return step(state, params, total.mean()) if total.weight else (params, state)

@@ -60,4 +60,4 @@ def geometric_median(section: GeometricMedianStrategy) -> FederatedStrategy:
         shares = weiszfeld(deltas, [count for _, count in held])
         return add(params, by_coordinate(deltas, params, lambda block: shares @ block)), state
 
-    return FederatedStrategy(Algorithm(init, apply))
+    return FederatedStrategy(Algorithm(init, apply, takes_buffers=True))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedtrain.experiment.strategies import KrumStrategy, MultiKrumStrategy
-from fedtrain.params import Params, RunningSum, add
+from fedtrain.params import Params, RunningMean, add
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
 from fedtrain.strategies.robust import blocks, check_quorum
 from fedtrain.wire import Update
@@ -89,9 +89,9 @@ def _mean_of_nearest(strategy: str, byzantine: int, keep: int | None) -> Algorit
         check_quorum(strategy, len(deltas), keep or 1, "keep", "keep")
         scores = krum_scores(squared_distances(deltas), byzantine)
         best = sorted(range(len(deltas)), key=scores.__getitem__)[: keep or len(deltas) - byzantine]
-        total = RunningSum(like=params)
+        total = RunningMean(like=params)
         for position in sorted(best):
             total.add(deltas[position], 1)
         return add(params, total.mean()), state
 
-    return Algorithm(init, apply)
+    return Algorithm(init, apply, takes_buffers=True)

@@ -66,4 +66,4 @@ def _coordinatewise(rule: Callable[[Tensor], Tensor]) -> Algorithm:
             return params, state
         return add(params, by_coordinate(deltas, params, rule)), state
 
-    return Algorithm(init, apply)
+    return Algorithm(init, apply, takes_buffers=True)

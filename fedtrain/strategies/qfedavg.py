@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fedtrain.experiment.strategies import QFedAvgStrategy
-from fedtrain.params import Params, RunningSum, add, l2_norm, scaled
+from fedtrain.params import Params, RunningMean, add, l2_norm, scaled
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
 from fedtrain.training.rules import LocalEnd, LocalRule, LocalStart
 from fedtrain.wire import Update
@@ -40,7 +40,7 @@ def qfedavg(section: QFedAvgStrategy, lr: float) -> FederatedStrategy:
     q, lipschitz = section.q, 1 / lr
 
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
-        total = RunningSum(like=params)
+        total = RunningMean(like=params)
         h = 0.0
         for update in updates:
             loss = float(update.extra["loss"]) + _EPSILON

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedtrain.experiment.strategies import ScaffoldStrategy
-from fedtrain.params import Params, RunningSum, add, scaled, zeros_like
+from fedtrain.params import Params, RunningMean, add, scaled, zeros_like
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
 from fedtrain.training.rules import LocalEnd, LocalRule, LocalStart, Tensors
 from fedtrain.wire import Update
@@ -47,7 +47,7 @@ def _algorithm(server_lr: float, num_clients: int) -> Algorithm:
         return control
 
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
-        delta, delta_c = RunningSum(like=params), RunningSum(like=params)
+        delta, delta_c = RunningMean(like=params), RunningMean(like=params)
         for update in updates:
             delta.add(update.delta, 1.0)
             delta_c.add(update.extra, 1.0)

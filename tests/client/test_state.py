@@ -72,5 +72,5 @@ def test_a_full_disk_is_told(states: ClientState, monkeypatch: pytest.MonkeyPatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("fedtrain.client.state.write_state", full)
-    with pytest.raises(RunError, match="cannot be written .No space left"):
+    with pytest.raises(RunError, match=r"cannot be written .No space left"):
         states.save("a", 1, version(1), 0)

@@ -238,7 +238,7 @@ def test_an_odd_key_cannot_reach_the_terminal_raw(faults):
         ),
         (STRATEGY + '"fedbuff"\n', "strategy.name", 'strategy.name = "fedbuff", no clients.duration'),
         (
-            STRATEGY + '"fedbuff"\n[clients]\nduration = {}\ndeadline = 3\n',
+            STRATEGY + '"fedbuff"\nbuffer_size = 2\n[clients]\nduration = {}\ndeadline = 3\n',
             "strategy.name",
             'strategy.name = "fedbuff", clients.deadline = 3',
         ),
@@ -262,11 +262,20 @@ def test_a_contradiction_shows_the_values_that_clash(faults, text, path, got):
         (CLIENTS + "per_round = 2\nover_selection = 1.5\n", "clients", {"over_selection = 1.5", "no duration"}),
         (CLIENTS + "deadline = 3.0\n", "clients", {"deadline = 3.0", "no duration"}),
         (
-            STRATEGY + '"fedbuff"\nbuffer_size = 5\nmax_in_flight = 4\n',
-            "strategy",
-            {"buffer_size = 5", "max_in_flight = 4"},
+            STRATEGY + '"fedbuff"\nbuffer_size = 6\n[clients]\nduration = {}\n',
+            "strategy.buffer_size",
+            {"strategy.buffer_size = 6", "data.clients = 5"},
         ),
-        (STRATEGY + '"fedbuff"\nmax_in_flight = 4\n', "strategy", {"no buffer_size (default 10)", "max_in_flight = 4"}),
+        (
+            STRATEGY + '"krum"\nbyzantine = 2\n',
+            "strategy.name",
+            {'strategy.name = "krum"', "data.clients = 5", "strategy.byzantine = 2"},
+        ),
+        (
+            STRATEGY + '"bulyan"\nbyzantine = 0\n[clients]\nper_round = 2\n',
+            "strategy.name",
+            {'strategy.name = "bulyan"', "clients.per_round = 2"},
+        ),
         (
             STRATEGY + '"fedbuff"\n[clients]\nduration = {}\nper_round = 2\n',
             "strategy.name",

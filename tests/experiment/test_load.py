@@ -93,10 +93,15 @@ def reconcile(document: dict[str, Any]) -> dict[str, Any]:
     match strategy.get("name"):
         case "scaffold" | "fednova":
             training.pop("optimizer", None)
+        case "krum" | "multi-krum" | "bulyan":
+            strategy["byzantine"] = 0
+            clients.pop("per_round", None)
+            if data.get("clients", 7) < 3:
+                strategy.clear()
         case "ditto":
             document.pop("personalization", None)
         case "fedbuff":
-            strategy["max_in_flight"] = max(strategy.get("max_in_flight", 20), strategy.get("buffer_size", 10))
+            strategy["buffer_size"] = min(strategy.get("buffer_size", 5), data.get("clients", 5))
             for key in ("per_round", "sampling", "over_selection", "deadline"):
                 clients.pop(key, None)
             clients["duration"] = {"seconds": 3.0}

@@ -51,8 +51,17 @@ def test_a_commented_default_changes_nothing_when_activated(tmp_path):
     ]
 
 
+def comments(name: str) -> str:
+    return " ".join(line.partition("# ")[2].strip() for line in render(name).splitlines())
+
+
+def test_a_default_that_is_not_shown_is_told():
+    assert "Examples per step; the last batch of a pass may be smaller. (at least 1; default 32)" in comments("digits")
+    assert "durations are drawn. (greater than 0; default 1.0)" in comments("digits")
+
+
 def test_a_section_in_kinds_lists_them_all_with_their_keys():
-    text = " ".join(line.partition("# ")[2].strip() for line in render("digits").splitlines())
+    text = comments("digits")
     assert "Mean of the updates, weighted by examples" in text
     for name, table in variants(schema_tree()["properties"]["strategy"])[1].items():
         keys = ", ".join(key for key in table["properties"] if key != "name")

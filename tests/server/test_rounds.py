@@ -138,7 +138,7 @@ def test_a_round_by_hand(trial: Callable[..., Trial]) -> None:
     assert run.kept() == 1
 
 
-@pytest.mark.parametrize(("fault", "reason"), [(None, "the clinic is closed"), (NAN, "NaN or infinite")])
+@pytest.mark.parametrize(("fault", "reason"), [(None, "the clinic is closed"), (NAN, "NaN, infinite")])
 def test_a_bad_client_is_recorded_and_the_sum_is_of_the_others(
     trial: Callable[..., Trial], fault: float | None, reason: str
 ) -> None:

@@ -31,11 +31,11 @@ def test_centered_clipping_by_hand() -> None:
     # From 0: (3, 4) is whole, (6, -8) is halved. The examples do not count.
     new, state = applied(algorithm, state, [[3.0, 4.0], [6.0, -8.0]], [1, 99])
     assert new["w"].tolist() == [103.0, 200.0]
-    assert state["center"]["w"].tolist() == [3.0, 0.0]
+    assert state["center"]["w"].tolist() == pytest.approx([3.0, 0.0], abs=1e-6)
     # From (3, 0): (3, 1) is whole, (13, 0) comes to (8, 0).
     new, state = applied(algorithm, state, [[3.0, 1.0], [13.0, 0.0]], [1, 1])
-    assert new["w"].tolist() == [105.5, 200.5]
-    assert state["center"]["w"].tolist() == [5.5, 0.5]
+    assert new["w"].tolist() == pytest.approx([105.5, 200.5])
+    assert state["center"]["w"].tolist() == pytest.approx([5.5, 0.5])
 
 
 def test_an_update_that_counts_whole_comes_back_unrounded() -> None:
@@ -80,4 +80,4 @@ def test_large_tensors_are_summed_and_measured_whole() -> None:
     expected = sum(weight * d / torch.linalg.vector_norm(d) for weight, d in zip((0.75, 0.25), deltas))
     updates = [Update("a", 1, {"w": d}, weight) for weight, d in zip((3, 1), deltas)]
     new, _ = bounding(max_norm=1.0).apply({}, params, iter(updates))
-    assert torch.allclose(new["w"], expected, rtol=1e-5, atol=1e-9)
+    assert torch.allclose(new["w"], expected, rtol=1e-5, atol=1e-8)

@@ -51,11 +51,12 @@ def test_multi_krum_averages_the_least_scores_unweighted() -> None:
 
 
 def test_bulyan_by_hand() -> None:
-    """Krum takes 7, 4, 9, 2 and 10, computing the scores anew each time; nearest to their median 7: 7, 9 and 4.
+    """Krum takes 5, 7, 4, 15 and 8, computing the scores anew each time; nearest to their median 7: 7, 8 and 5.
 
-    10 is as near as 4, and larger. In a single pass 2, 4, 6, 7 and 9 would have the least scores, and 17/3 come out.
+    In a single pass 3, 4, 5, 7 and 8 would have the least scores, and 4 come out.
     """
-    assert applied(bulyan_of(), [2.0, 9.0, 1.0, 4.0, 10.0, 7.0, 6.0]) == pytest.approx(20 / 3)
+    deltas = [8.0, 7.0, 19.0, 3.0, 5.0, 15.0, 4.0]
+    assert applied(bulyan_of(), deltas) == applied(bulyan_of(), deltas[::-1]) == pytest.approx(20 / 3)
 
 
 def test_distances_survive_what_a_gram_matrix_does_not() -> None:

@@ -141,7 +141,8 @@ def test_parity_with_flwrs_bulyan_but_for_the_repeated_selection(monkeypatch: py
         left, selected = list(contents), []
         while len(selected) < keep:
             weights = [content.array_records["arrays"].to_torch_state_dict() for content in left]
-            scores = krum_scores(squared_distances(weights), byzantine)
+            distances = squared_distances(weights)
+            scores = list(zip(krum_scores(distances, byzantine), distances.sum(dim=1).tolist()))
             selected.append(left.pop(scores.index(min(scores))))
         return selected
 

@@ -282,9 +282,7 @@ def test_a_rule_is_told_what_it_may_use_and_what_it_gives_goes_on() -> None:
 def test_the_loss_that_a_rule_asks_for_is_that_of_the_servers_model() -> None:
     losses: list[float] = []
     of = trainer(Squares(slope), LocalRule(lambda start: losses.append(start.mean_loss())), local_steps=3)
-    of.train(
-        Assignment(1, "a", {"weight": torch.ones(1, 1)}), Examples(torch.ones(2, 1), torch.tensor([0.0, 4.0]))
-    )
+    of.train(Assignment(1, "a", {"weight": torch.ones(1, 1)}), Examples(torch.ones(2, 1), torch.tensor([0.0, 4.0])))
     assert losses == [5.0]  # (1 + 9) / 2
 
 
