@@ -234,9 +234,11 @@ def fetch(
 
     if not names:
         for name, source in SOURCES.items():
-            where = (
-                "built in" if not source.needs_root else "can be fetched" if name in OFFICIAL else "bring it yourself"
-            )
+            where = "can be fetched" if name in OFFICIAL else "bring it yourself"
+            if not source.needs_root:
+                where = "built in"
+            elif data_root and _lies_in(data_root, name):
+                where = "in the data root"
             say(f"  {name:14} {where:18} {source.summary}", indent=34)
         return
     if data_root is None:
@@ -275,6 +277,15 @@ def describe(
     if picture is not None:
         draw(summary, picture)
         typer.echo(f"Picture: {picture}")
+
+
+def _lies_in(data_root: Path, source: str) -> bool:
+    """Whether a source's files are there, at a glance; what is in them is checked when they are read."""
+    from fedtrain.data.fetch import OFFICIAL
+
+    if source in OFFICIAL:
+        return all((data_root / source / file.name).exists() for file in OFFICIAL[source].files)
+    return (data_root / source.replace("-", "_")).is_dir()
 
 
 def _folders(file: Path, experiment: Experiment, data_root: Path | None) -> tuple[Path, Path | None]:

@@ -20,6 +20,8 @@ from rich.progress import (
 )
 
 from fedtrain.experiment.sections import Experiment
+from fedtrain.report.text import show_bytes
+from fedtrain.report.view import measured
 
 if TYPE_CHECKING:
     from fedtrain.records import RoundRecord
@@ -150,10 +152,10 @@ class _Live(RunObserver):
     def round_finished(self, record: RoundRecord) -> None:
         number = record.round_number
         self._progress.update(self._task, completed=number)
-        if score := _score(record.central or record.clients or record.train):
+        if score := _score(record.central or measured(record, "clients") or record.train):
             self._progress.update(self._task, score=score)
         if number % self._every == 0 or number == self._rounds:
-            self._console.print(_brief(record, self._rounds), markup=False)
+            self._console.print(_brief(record, self._rounds), markup=False, no_wrap=True, overflow="ellipsis")
 
     def notice(self, text: str) -> None:
         self._console.print(f"note: {text}", markup=False)
@@ -170,19 +172,25 @@ def _line(record: RoundRecord, rounds: int) -> str:
     parts = [_number(record, rounds)]
     parts += [f"train loss {record.train['loss']:.4f}"] if "loss" in record.train else []
     parts += [f"test {name} {value:.4f}" for name, value in record.central.items()]
-    parts += [f"clients' {name} {value:.4f}" for name, value in record.clients.items()]
+    parts += [f"clients' {name} {value:.4f}" for name, value in measured(record, "clients").items()]
+    parts += [f"personal {name} {value:.4f}" for name, value in measured(record, "personal").items()]
     if record.round_number:
         used = len(record.participants)
         parts.append("1 client" if used == 1 else f"{used} clients")
-        parts.append(f"{(record.bytes_up + record.bytes_down) / 1e6:.2f} MB")
+        parts += [f"{len(record.late)} late"] if record.late else []
+        parts += [f"staleness {record.staleness:.1f}"] if record.staleness else []
+        parts.append(show_bytes(record.bytes_up + record.bytes_down))
+        parts += [f"{record.virtual_seconds:.2f} s virtual"] if record.virtual_seconds else []
     parts.append(f"{record.seconds_train + record.seconds_evaluate:.2f} s")
     return "  ".join(parts)
 
 
 def _brief(record: RoundRecord, rounds: int) -> str:
     """What fits into 80 columns."""
-    scores = [f"{whose} {_score(of)}" for whose, of in (("test", record.central), ("clients'", record.clients)) if of]
-    loss = [f"loss {record.train['loss']:.4f}"] if "loss" in record.train else []
+    clients, personal = measured(record, "clients"), measured(record, "personal")
+    scores = [f"{whose} {_score(of)}" for whose, of in (("test", record.central), ("clients'", clients)) if of]
+    scores += [f"personal {_score(personal).rpartition(' ')[2]}"] if personal else []  # what is measured was just named
+    loss = [f"loss {record.train['loss']:.4f}"] if "loss" in record.train and not personal else []
     return "  ".join([_number(record, rounds), *loss, *scores])
 
 

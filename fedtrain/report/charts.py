@@ -151,14 +151,14 @@ def per_client(scores: Sequence[ClientScore], facts: Facts) -> str:
     """
     drawn = [score for score in scores if can_draw(score.value)]
     values = np.array([score.value for score in drawn])
-    personal = [(i, s.personal) for i, s in enumerate(drawn) if s.personal is not None and can_draw(s.personal)]
+    personal = {i: s.personal for i, s in enumerate(drawn) if s.personal is not None and can_draw(s.personal)}
     with _figure("clients", (7.2, 2.9)) as (figure, finish):
         axes = figure.subplots()
         title = f"{shorten(facts.metric, 40)}, worst client first"
         if len(drawn) > _CROWDED:
             axes.plot(values, color=_CLIENTS, linewidth=1.8)
             # In an order of their own: one client's gain cannot be seen among so many.
-            own = sorted((value for _, value in personal), reverse=not higher_is_better(facts.metric))
+            own = sorted(personal.values(), reverse=not higher_is_better(facts.metric))
             if own:
                 axes.plot(np.linspace(0, len(drawn) - 1, len(own)), own, color=_PERSONAL, linewidth=1.8)
         else:
@@ -166,11 +166,11 @@ def per_client(scores: Sequence[ClientScore], facts: Facts) -> str:
             areas = 14 + 106 * sizes / max(sizes.max(initial=0.0), 1.0)
             axes.scatter(range(len(drawn)), values, s=areas, color=_CLIENTS, alpha=0.75, linewidths=0)
             if personal:
-                at, own = zip(*personal)
-                axes.scatter(at, own, s=areas[list(at)], facecolors="none", edgecolors=_PERSONAL, linewidths=1.4)
+                at, own = list(personal), list(personal.values())
+                axes.scatter(at, own, s=areas[at], facecolors="none", edgecolors=_PERSONAL, linewidths=1.4)
             title += "; the larger a dot, the more examples"
         if _mark(axes, facts.clients_mean):
-            title += "; dashed: mean"
+            title += "; dashed: mean of the dots" if personal else "; dashed: mean"
         axes.set_title(title)
         _scale_metric(axes, facts.metric)
         _name_clients(axes, [score.client for score in drawn])

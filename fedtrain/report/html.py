@@ -112,7 +112,6 @@ def _context(run: RunView) -> dict[str, Any]:
         "worst": scores[:_WORST],
         "quarantined": facts.quarantined[:_MOST_ROWS],
         "records": records,
-        "round_columns": _round_columns(facts),
         "left_out": len(run.records) - len(records),
         "manifest": _manifest_rows(run.manifest),
     }

@@ -158,7 +158,7 @@ def _virtual(facts: Facts) -> str:
     if not facts.virtual_seconds:
         return ""
     stale = f"; an update was {facts.staleness:.1f} rounds old on average" if facts.staleness else ""
-    return f"{show_seconds(facts.virtual_seconds)} on the virtual clock{stale}."
+    return f"The run took {show_seconds(facts.virtual_seconds)} on the virtual clock{stale}."
 
 
 def _late(facts: Facts) -> str:

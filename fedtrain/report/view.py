@@ -9,12 +9,22 @@ from dataclasses import dataclass, replace
 from fedtrain.experiment.sections import Experiment
 from fedtrain.records import DataSummary, Manifest, RoundRecord
 
-__all__ = ["PERSONAL", "SERIES", "ClientScore", "Facts", "RunView", "Spread", "client_scores", "higher_is_better", "measured"]
+__all__ = [
+    "PERSONAL",
+    "SERIES",
+    "ClientScore",
+    "Facts",
+    "RunView",
+    "Spread",
+    "client_scores",
+    "higher_is_better",
+    "measured",
+]
 
 SERIES = {
     "central": "central test set",
     "clients": "clients' held-out examples",
-    "personal": "the same, with personal models",
+    "personal": "clients' personal models",
     "train": "training examples",
 }
 """Part of what is measured in a round -> what it is measured on; what matters most first."""

@@ -3,10 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from fedtrain.data.fetch import OFFICIAL
 from fedtrain.data.sources import SOURCES
 
 
-def test_fetch_lists_every_source(fedtrain: Callable) -> None:
+def test_fetch_lists_every_source(fedtrain: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDTRAIN_DATA", raising=False)
     result = fedtrain("data", "fetch")
     assert result.code == 0
     listed = [line.split(maxsplit=1) for line in result.out.splitlines()]
@@ -15,6 +17,18 @@ def test_fetch_lists_every_source(fedtrain: Callable) -> None:
     assert told["digits"].startswith("built in ")
     assert told["mnist"].startswith("can be fetched ")
     assert told["wisdm"].startswith("bring it yourself ")
+
+
+def test_fetch_lists_what_is_there(fedtrain: Callable, tmp_path: Path) -> None:
+    (tmp_path / "heart_disease").mkdir()
+    for name in ("mnist", "fashion-mnist"):
+        (tmp_path / name).mkdir()
+        for file in OFFICIAL[name].files:
+            (tmp_path / name / file.name).touch()
+    (tmp_path / "fashion-mnist" / "t10k-labels-idx1-ubyte.gz").rename(tmp_path / "fashion-mnist" / "half.gz.part")
+    told = dict(line.split(maxsplit=1) for line in fedtrain("data", "fetch", "--data-root", tmp_path).out.splitlines())
+    there = [name for name, where in told.items() if where.startswith("in the data root ")]
+    assert there == ["mnist", "heart-disease"]
 
 
 def test_fetch_needs_a_data_root(fedtrain: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

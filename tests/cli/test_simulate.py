@@ -38,7 +38,7 @@ def test_a_pipe_gets_plain_lines(fedtrain: Callable, tiny: Path, tmp_path: Path)
     assert re.fullmatch(r"round 0/4  test loss \d\.\d{4}  test accuracy \d\.\d{4}  \d+\.\d\d s", lines[1])
     for number in range(1, 4):
         assert re.fullmatch(
-            rf"round {number}/4  train loss \S+  test loss \S+  test accuracy \S+  3 clients  0\.02 MB  \S+ s",
+            rf"round {number}/4  train loss \S+  test loss \S+  test accuracy \S+  3 clients  \d\d\.\d kB  \S+ s",
             lines[1 + number],
         )
     assert "clients' accuracy" in lines[5]  # evaluated on the clients at the end, if never before

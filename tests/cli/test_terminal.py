@@ -55,8 +55,36 @@ def test_the_live_view_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch, tin
             observer.client_finished(number)
             record = RoundRecord(round_number=number, participants=["a"], train={"loss": 0.5}, central=scores)
             observer.round_finished(record.model_copy(update={"clients": scores if number == 50 else {}}))
+        own = {"personal_loss": 0.1, "personal_accuracy": 0.9999}
+        observer.round_finished(record.model_copy(update={"round_number": 100, "clients": scores | own}))
+        wordy = {"area under the curve": 0.5}
+        observer.round_finished(record.model_copy(update={"round_number": 150, "central": wordy, "clients": wordy}))
         observer.notice("round 50: update of a not used: " + "it holds NaN " * 5)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n").splitlines()
     assert max(map(len, shown)) <= 80
     assert "round   50/1000  loss 0.5000  test accuracy 0.9876  clients' accuracy 0.9876" in shown
+    assert "round  100/1000  test accuracy 0.9876  clients' accuracy 0.9876  personal 0.9999" in shown
+    assert any(line.startswith("round  150/1000  ") and line.endswith("…") for line in shown)
     assert any(line.startswith("round 50/1000 ") and "99/100 clients in flight" in line for line in shown)
+
+
+def test_a_line_of_a_pipe_has_all_that_was_measured(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = RoundRecord(
+        round_number=3,
+        participants=["a", "b"],
+        late=["c"],
+        train={"loss": 0.5},
+        clients={"loss": 0.25, "personal_loss": 0.125},
+        bytes_up=1_000,
+        bytes_down=2_400,
+        staleness=1.5,
+        virtual_seconds=80.0,
+        seconds_train=1.0,
+        seconds_evaluate=0.5,
+    )
+    with make_observer(load(tiny), quiet=False, as_json=False) as observer:
+        observer.round_finished(record)
+    assert capsys.readouterr().out == (
+        "round 3/4  train loss 0.5000  clients' loss 0.2500  personal loss 0.1250  "
+        "2 clients  1 late  staleness 1.5  3.4 kB  80.00 s virtual  1.50 s\n"
+    )

@@ -55,6 +55,38 @@ def test_each_client_is_a_dot_until_there_are_too_many(charts, make_run, make_re
     assert crowd.count("stroke: var(--clients)") == 1
 
 
+def test_personal_models_are_rings_until_there_are_too_many(make_run, make_records):
+    for clients, dots, rings, lines in ((20, 20, 7, 0), (1000, 0, 0, 1)):
+        (record,) = make_records(0, clients)
+        own = {name: values | {"personal_accuracy": 0.9} for name, values in list(record.per_client.items())[:7]}
+        run = make_run(records=[record.model_copy(update={"per_client": record.per_client | own})])
+        facts = Facts.of(run)
+        svg = per_client(client_scores(run, facts.metric), facts)
+        assert svg.count("fill: var(--clients)") == dots
+        assert len(re.findall(r"fill: none; stroke: var\(--personal\)", svg)) == rings + lines
+        assert svg.count("stroke: var(--clients)") == lines
+
+
+def test_virtual_time_is_a_fourth_axis_where_there_is_any(make_run, make_records):
+    records = [record.model_copy(update={"virtual_seconds": 180.0}) for record in make_records(40)]
+    run = make_run(records=records)
+    assert len(convergence(make_run(), Facts.of(make_run()))) == 3
+    *_, by_time, by_virtual_time = convergence(run, Facts.of(run))
+    assert ">seconds<" in by_time
+    assert ">hours on the virtual clock<" in by_virtual_time
+
+
+def test_personal_models_have_a_curve_of_their_own(charts, make_run, make_records):
+    records = [
+        record.model_copy(update={"clients": record.clients | {"personal_accuracy": 0.9, "personal_loss": 0.2}})
+        for record in make_records()
+    ]
+    run = make_run(records=records)
+    by_round, *_ = convergence(run, Facts.of(run))
+    assert by_round.count("stroke: var(--personal)") == 2  # metric and loss
+    assert charts[0].count("stroke: var(--personal)") == 0
+
+
 def test_the_label_map_shades_by_share(make_data):
     from PIL import Image
 

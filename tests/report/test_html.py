@@ -98,6 +98,36 @@ def test_every_chart_has_its_numbers_behind_it(html, make_run):
     assert clients == sorted(clients, key=lambda row: float(row[1]))
 
 
+def test_a_run_with_late_set_aside_and_personal_tells_each(page_of, make_run, make_records):
+    *earlier, last = make_records(2)
+    own = {name: values | {"personal_accuracy": 0.5} for name, values in last.per_client.items()}
+    changes = {"clients": {"accuracy": 0.4, "personal_accuracy": 0.5}, "per_client": own}
+    changes |= {"late": ["client-11"], "quarantined": {"eve": "NaN", "bob": "NaN"}, "set_aside": ["eve"]}
+    changes |= {"staleness": 1.25, "virtual_seconds": 7200.0}
+    page = page_of(make_run(records=[*earlier, last.model_copy(update=changes)]))
+    assert page.words.count("Set aside for the rest of the run.") == 1
+    for text in (
+        "2.0 hours on the virtual clock",
+        "personal models 50.0%, worst tenth 50.0%",
+        "clients' personal models",
+        "with its personal model",
+        "LateStaleness",
+        "Virtual seconds",
+    ):
+        assert text in page.words
+    header, *rounds = page.tables["digits-noniid-convergence.csv"]
+    assert dict(zip(header, rounds[-1]))["virtual_seconds"] == "7200"
+    assert dict(zip(header, rounds[-1]))["personal_accuracy"] == "0.5"
+    header, *clients = page.tables["digits-noniid-clients.csv"]
+    assert header == ["client", "accuracy", "loss", "num_examples", "personal_accuracy"]
+    assert {row[4] for row in clients} == {"0.5"}
+
+
+def test_a_run_without_a_virtual_clock_or_personal_models_names_neither(html):
+    words = Page(html).words
+    assert not [word for word in ("irtual clock", "ersonal model", "Late", "Staleness", "et aside") if word in words]
+
+
 def test_hostile_names_are_text_and_odd_values_are_named(page_of, hostile_run, tmp_path):
     page = page_of(hostile_run)
     assert not page.tags & {"script", "b"}

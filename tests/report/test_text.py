@@ -42,6 +42,43 @@ def test_quarantined_clients_are_named_most_often_first(make_run):
     assert summary_lines(make_run(records=records))[-1] == "Quarantined 6 updates of 5 clients: e, a, b and 2 more."
 
 
+def test_clients_that_are_set_aside_are_named_with_their_round(make_run):
+    gone = [["a"], ["b", "c"], [], ["d"]]
+    records = [RoundRecord(round_number=n, set_aside=clients) for n, clients in enumerate(gone, 1)]
+    line = "Set aside for the rest of the run: a in round 1, b in round 2, c in round 2 and 1 more."
+    assert summary_lines(make_run(records=records))[-1] == line
+
+
+def test_late_clients_are_told_with_their_share(make_run):
+    record = RoundRecord(
+        round_number=1,
+        participants=["a", "b", "c"],
+        late=["d", "e"],
+        quarantined={"f": "NaN"},
+        virtual_seconds=44_280.0,
+    )
+    lines = summary_lines(make_run(records=[record]))
+    assert "The run took 12.3 hours on the virtual clock." in lines
+    assert "Late and not waited for: 2 of 6 updates asked for (33.3%)." in lines
+
+
+def test_an_asynchronous_run_tells_how_old_its_updates_were(make_run):
+    record = RoundRecord(round_number=1, participants=["a", "b"], staleness=1.5, virtual_seconds=30.0)
+    line = "The run took 30.0 seconds on the virtual clock; an update was 1.5 rounds old on average."
+    assert line in summary_lines(make_run(records=[record]))
+
+
+def test_personal_models_stand_beside_the_one_trained_together(make_run):
+    values = {f"c{i:02d}": {"accuracy": 0.8, "personal_accuracy": 0.9, "num_examples": 10.0} for i in range(18)}
+    values |= {f"d{i}": {"accuracy": 0.3, "personal_accuracy": 0.7, "num_examples": 10.0} for i in range(2)}
+    record = RoundRecord(round_number=1, per_client=values, clients={"accuracy": 0.75, "personal_accuracy": 0.88})
+    lines = summary_lines(make_run(records=[record]))
+    assert (
+        "Personal models: accuracy 88.0% on average of 20 clients, 70.0% for the worst tenth; "
+        "without them 75.0% and 30.0%."
+    ) in lines
+
+
 def test_numbers_as_targets_are_told_as_ranges(make_run, make_data):
     record = RoundRecord(round_number=1, central={"loss": 9.0, "mae": 2.34567})
     data = make_data().model_copy(update={"target": "number"})

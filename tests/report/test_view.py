@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fedtrain.records import RoundRecord
-from fedtrain.report.view import Facts, client_scores, higher_is_better
+from fedtrain.report.view import PERSONAL, Facts, Spread, client_scores, higher_is_better, measured
 
 
 def rounds(metric, *values):
@@ -39,6 +39,57 @@ def test_facts_sum_a_run_up(make_run):
     assert facts.worst_tenth == pytest.approx((0 / 20 + 1 / 20) / 2)
     assert (facts.bytes_up, facts.bytes_down, facts.seconds) == (11, 22, 5.5)
     assert facts.quarantined == ((1, "mallory", "delta has NaN"),)
+
+
+def test_facts_of_late_asynchronous_and_set_aside_clients(make_run):
+    records = [
+        RoundRecord(round_number=0),
+        RoundRecord(round_number=1, participants=["a", "b", "c"], late=["d"], staleness=1.0, virtual_seconds=60.0),
+        RoundRecord(
+            round_number=2,
+            participants=["a"],
+            late=["b", "c"],
+            quarantined={"d": "NaN"},
+            set_aside=["d"],
+            staleness=3.0,
+            virtual_seconds=30.5,
+        ),
+    ]
+    facts = Facts.of(make_run(records=records))
+    assert (facts.late, facts.asked) == (3, 8)
+    assert facts.staleness == (3 * 1.0 + 1 * 3.0) / 4
+    assert facts.virtual_seconds == 90.5
+    assert facts.set_aside == ((2, "d"),)
+    assert (facts.personal, facts.not_personal) == (None, None)
+
+
+def test_personal_models_are_compared_on_the_clients_that_have_one(make_run):
+    own = f"{PERSONAL}accuracy"
+    per_client = {
+        "a": {"accuracy": 0.2, own: 0.9, "num_examples": 10.0},
+        "b": {"accuracy": 0.6, own: 0.5, "num_examples": 30.0},
+        "c": {"accuracy": 0.0, "num_examples": 60.0},  # never asked to train
+    }
+    facts = Facts.of(make_run(records=[RoundRecord(round_number=1, per_client=per_client, clients={"accuracy": 0.2})]))
+    assert facts.personal == Spread(2, pytest.approx((10 * 0.9 + 30 * 0.5) / 40), 0.5)
+    assert facts.not_personal == Spread(2, pytest.approx((10 * 0.2 + 30 * 0.6) / 40), 0.2)
+    assert facts.personal.worst == "worst client"
+
+
+def test_what_was_measured_on_personal_models_is_a_part_of_its_own(make_run):
+    record = RoundRecord(round_number=1, clients={"loss": 2.0, f"{PERSONAL}loss": 1.0}, train={"loss": 3.0})
+    assert [measured(record, part) for part in ("central", "clients", "personal", "train")] == [
+        {},
+        {"loss": 2.0},
+        {"loss": 1.0},
+        {"loss": 3.0},
+    ]
+    assert Facts.of(make_run(records=[record])).metric == "loss"
+
+
+def test_the_prefix_of_personal_metrics_is_the_clients():
+    client_app = pytest.importorskip("fedtrain.client.app")
+    assert PERSONAL == client_app.PERSONAL
 
 
 def test_an_error_is_best_and_reached_from_above(make_run, make_experiment):

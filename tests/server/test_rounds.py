@@ -14,6 +14,7 @@ from fedtrain import wire
 from fedtrain.client.app import CLIENT_ID
 from fedtrain.errors import InterruptedRunError, RunError
 from fedtrain.experiment.sections import Experiment
+from fedtrain.experiment.strategies import FedBuffStrategy
 from fedtrain.params import Params
 from fedtrain.records import RoundRecord
 from fedtrain.rundir import Checkpoint, RunFolder
@@ -23,6 +24,7 @@ from fedtrain.simulations.grid import InProcess, SimulationGrid
 from fedtrain.strategies.adapter import AlgorithmRunner
 from fedtrain.strategies.base import FederatedStrategy
 from fedtrain.strategies.fedavg import fedavg
+from fedtrain.strategies.fedbuff import fedbuff
 
 NAMES = tuple(string.ascii_lowercase)
 NAN = math.nan
@@ -197,6 +199,62 @@ def test_a_measurement_that_is_not_a_number_is_not_used(trial: Callable[..., Tri
     assert run.record().clients == {"accuracy": 0.375}  # (1*1 + 4*0.5) / 8
     assert run.record().per_client.keys() == {"a", "c", "d"}
     assert run.told.notices == ["round 1: evaluation of b not used: accuracy is not a number"]
+
+
+def test_a_round_without_a_valid_update_leaves_the_model_and_says_so(trial: Callable[..., Trial]) -> None:
+    run = trial(deltas=(NAN, None, NAN, NAN))
+    assert run.run(clients={"quorum": 0.0}) == {"w": [10.0]}
+    assert run.told.notices[-1] == "round 1: no valid update came; the model stays as it is"
+    assert (run.record().participants, run.record().train, run.record().update_norm) == ([], {}, 0.0)
+
+
+def test_who_offends_too_often_is_asked_no_more(trial: Callable[..., Trial]) -> None:
+    run = trial(deltas=(1.0, NAN, 3.0, None))
+    run.run(rounds=4, gate={"max_offences": 2})
+    assert [record.set_aside for record in run.folder.read_rounds()] == [[], [], ["b"], [], []]
+    assert [sorted(record.quarantined) for record in run.folder.read_rounds()[1:]] == [["b", "d"]] * 2 + [["d"]] * 2
+    assert "b is set aside for the rest of the run" in run.told.notices  # d only failed, and may recover
+
+
+def test_offences_are_remembered_over_a_resumption(trial: Callable[..., Trial]) -> None:
+    first = trial(deltas=(1.0, NAN, 3.0, 4.0), central=raising(KeyboardInterrupt(), 19.0))
+    with pytest.raises(InterruptedRunError):
+        first.run(rounds=4)
+    assert first.kept() == 2
+    second = trial(deltas=(1.0, NAN, 3.0, 4.0))
+    second.run(rounds=4)
+    assert second.folder.read_rounds()[-1].quarantined == {}
+
+
+def test_a_deadline_leaves_out_the_late_who_were_sent_the_model_all_the_same(trial: Callable[..., Trial]) -> None:
+    slow = {"deadline": 1.0, "duration": {"kind": "lognormal", "sigma": 1.0}, "quorum": 0.0}
+    run, all_ = trial(), trial()
+    run.run(clients=slow, evaluation={"max_clients": 0})
+    record = run.record()
+    assert record.late
+    assert sorted(record.late + record.participants) == ["a", "b", "c", "d"]
+    assert record.virtual_seconds == 1.0
+    (run.path / "rounds.jsonl").unlink()
+    for path in run.folder.checkpoints.iterdir():
+        path.unlink()
+    all_.run(evaluation={"max_clients": 0})
+    assert record.bytes_down == all_.record().bytes_down
+    assert record.bytes_up < all_.record().bytes_up
+
+
+def test_a_buffer_takes_updates_of_earlier_rounds_and_holds_back_those_on_their_way(
+    trial: Callable[..., Trial],
+) -> None:
+    buffered = {"name": "fedbuff", "buffer_size": 2, "max_in_flight": 4}
+    run = trial(strategy=fedbuff(FedBuffStrategy(**buffered)))
+    clients = {"duration": {"kind": "lognormal", "sigma": 2.0, "drawn": "round"}}
+    sections = {"strategy": buffered, "clients": clients, "rounds": 12, "evaluation": {"max_clients": 0}}
+    final = run.run(**sections)
+    records = run.folder.read_rounds()[1:]
+    assert [len(record.participants) for record in records] == [2] * 12
+    assert max(record.staleness for record in records) > 0
+    assert all(later.virtual_seconds >= 0 for later in records)
+    assert final["w"][0] > 10.0
 
 
 def raising(error: BaseException, loss: float) -> Callable[[Params], dict[str, float]]:

@@ -132,7 +132,7 @@ def test_a_clients_exception_is_an_error_reply(setting: Setting) -> None:
         {r.metadata.src_node_id: r.error.reason for r in grid.send_and_receive(asked()) if r.has_error()}
         for grid in (setting.there, setting.here)
     )
-    assert there == here == {5: "'server-round' is wrong: got one; expected an integer"}
+    assert there == here == {5: "'server-round' is wrong: got 'one'; expected an integer"}
 
 
 def sent(setting: Setting, window: int) -> list[int]:
