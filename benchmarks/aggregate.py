@@ -1,12 +1,12 @@
 """Aggregate updates of 40 MB each by fedtrain's FedAvg and by flwr's, and compare seconds and peak memory.
 
 fedtrain's share is the strategy's `apply`; flwr's is `FedAvg.aggregate_train` on messages with its own Arrays. The pass
-over each update that fedtrain's gate makes (its norm, which also finds NaN and infinite values) is shown apart: flwr has
-none. Both take their updates from a generator that makes one at a time; the seconds that it takes to make them are left
-out on both sides. Each contender runs in turn as a process of its own with one thread, several times over, and the least figures
-are compared: a busy machine only ever adds to them. Seconds are of processor time, as nothing waits for anything.
-Memory is the peak less what was there before: everything imported, the global model made and a tiny one aggregated. The
-updates that are held count.
+over each update that fedtrain's gate makes (its norm, which also finds NaN and infinite values) is shown apart: flwr
+has none. Both take their updates from a generator that makes one at a time; the seconds that it takes to make them are
+left out on both sides. Each contender runs in turn as a process of its own with one thread, several times over, and the
+least figures are compared: a busy machine only ever adds to them. Seconds are of processor time, as nothing waits for
+anything. Memory is the peak less what was there before: everything imported, the global model made and a tiny one
+aggregated. The updates that are held count.
 
 Run: python benchmarks/aggregate.py [--updates 100] [--repeat 3]
 """

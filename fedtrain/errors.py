@@ -8,6 +8,10 @@ FedtrainError                 anything fedtrain can name; exit code 1
 │   ├── MissingExtraError     an optional dependency is not installed
 │   └── RunFolderError        a run's folder is missing, locked or belongs to another experiment
 ├── RunError                  the run itself cannot go on (quorum, every client failed, disk full)
+├── PrivacyError              a privacy promise would be broken; nothing was released
+│   ├── BudgetError           the round would overspend: this client has ended for these data
+│   ├── LedgerError           the privacy ledger is damaged, changed, missing or held by another process
+│   └── PolicyError           the client's own policy does not allow what was asked
 └── InterruptedRunError       stopped by a signal, resumable; exit code 130
 
 Each message says what is wrong, what was got, what is expected and what to do next. The library raises; only
@@ -21,13 +25,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 __all__ = [
+    "BudgetError",
     "DataError",
     "ExperimentError",
     "Fault",
     "FedtrainError",
     "InputError",
     "InterruptedRunError",
+    "LedgerError",
     "MissingExtraError",
+    "PolicyError",
+    "PrivacyError",
     "RunError",
     "RunFolderError",
     "TaskError",
@@ -123,6 +131,22 @@ class RunFolderError(InputError):
 
 class RunError(FedtrainError):
     """The run cannot go on; what was finished is kept."""
+
+
+class PrivacyError(FedtrainError):
+    """A privacy promise would be broken; nothing was released."""
+
+
+class BudgetError(PrivacyError):
+    """The round would overspend: this client has ended for these data."""
+
+
+class LedgerError(PrivacyError):
+    """The privacy ledger is damaged, changed, missing or held by another process."""
+
+
+class PolicyError(PrivacyError):
+    """The client's own policy does not allow what was asked."""
 
 
 class InterruptedRunError(FedtrainError):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["DataSummary", "Heterogeneity", "Manifest", "RoundRecord"]
+__all__ = ["PERSONAL", "DataSummary", "Heterogeneity", "Manifest", "RoundRecord"]
+
+PERSONAL = "personal_"
+"""Prefix of a metric that was measured on the client's own model rather than the global one."""
 
 
 class _Record(BaseModel):

@@ -13,6 +13,7 @@ from fedtrain import wire
 from fedtrain.client.state import ClientState
 from fedtrain.data.base import FederatedData
 from fedtrain.experiment.sections import Experiment
+from fedtrain.records import PERSONAL
 from fedtrain.strategies.base import FederatedStrategy
 from fedtrain.strategies.registry import make_strategy
 from fedtrain.tasks.base import Task
@@ -20,13 +21,10 @@ from fedtrain.training.evaluation import evaluate
 from fedtrain.training.loop import Assignment, Recipe, Trainer
 from fedtrain.training.optimizer import lr_factor
 
-__all__ = ["CLIENT_ID", "PERSONAL", "Site", "make_client_app"]
+__all__ = ["CLIENT_ID", "Site", "make_client_app"]
 
 CLIENT_ID = "client-id"
 """Key of the client's name in flwr's node config."""
-
-PERSONAL = "personal_"
-"""Prefix of a metric that was measured on the client's own model rather than the global one."""
 
 
 @dataclass(frozen=True)

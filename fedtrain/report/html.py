@@ -11,10 +11,10 @@ from urllib.parse import quote
 
 from fedtrain.disk import atomic_write
 from fedtrain.errors import MissingExtraError, RunError, shorten
-from fedtrain.records import DataSummary, Heterogeneity, Manifest, RoundRecord
+from fedtrain.records import PERSONAL, DataSummary, Heterogeneity, Manifest, RoundRecord
 from fedtrain.report.charts import can_draw, convergence, label_map, largest_share, per_client
 from fedtrain.report.text import show_bytes, show_metric, show_seconds, summary_lines
-from fedtrain.report.view import PERSONAL, SERIES, ClientScore, Facts, RunView, client_scores, measured
+from fedtrain.report.view import SERIES, ClientScore, Facts, RunView, client_scores, measured
 
 __all__ = ["write_report"]
 

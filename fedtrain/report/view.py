@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedtrain.experiment.sections import Experiment
-from fedtrain.records import DataSummary, Manifest, RoundRecord
+from fedtrain.records import PERSONAL, DataSummary, Manifest, RoundRecord
 
 __all__ = [
-    "PERSONAL",
     "SERIES",
     "ClientScore",
     "Facts",
@@ -30,8 +29,6 @@ SERIES = {
 """Part of what is measured in a round -> what it is measured on; what matters most first."""
 
 # Repeated here, because client.app imports torch and flwr; a test compares them.
-PERSONAL = "personal_"
-"""Prefix of a metric that was measured on each client's own model."""
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,16 @@ class _Simulation:
             self.folder.write_preparation(self.data.preparation)
             manifest = new_manifest(self.experiment, now)
         self.folder.write_manifest(manifest)
+        self._warn_if_nothing_is_held_out()
+
+    def _warn_if_nothing_is_held_out(self) -> None:
+        private = bool(self.experiment.personalization.private)  # then there is no central evaluation
+        if self.experiment.data.test or (self.data.dataset.test_targets is not None and not private):
+            return
+        ways = "data.test=0.2" if private else "data.central_test=0.2 or data.test=0.2"
+        self.observer.notice(
+            f"nothing is held out to test the model on, so its loss in training is all there is; set {ways}"
+        )
 
     def _rounds(self, initial: Params, buffers: Collection[str], pool: WorkerPool | None) -> Params:
         experiment, data = self.experiment, self.data

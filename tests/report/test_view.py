@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from fedtrain.records import RoundRecord
-from fedtrain.report.view import PERSONAL, Facts, Spread, client_scores, higher_is_better, measured
+from fedtrain.records import PERSONAL, RoundRecord
+from fedtrain.report.view import Facts, Spread, client_scores, higher_is_better, measured
 
 
 def rounds(metric, *values):
@@ -85,11 +85,6 @@ def test_what_was_measured_on_personal_models_is_a_part_of_its_own(make_run):
         {"loss": 3.0},
     ]
     assert Facts.of(make_run(records=[record])).metric == "loss"
-
-
-def test_the_prefix_of_personal_metrics_is_the_clients():
-    client_app = pytest.importorskip("fedtrain.client.app")
-    assert PERSONAL == client_app.PERSONAL
 
 
 def test_an_error_is_best_and_reached_from_above(make_run, make_experiment):
