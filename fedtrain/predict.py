@@ -54,6 +54,13 @@ def predictions(run: Path, inputs: Path) -> Predictions:
     folder = RunFolder.open(run)
     tensors = folder.read_model()
     experiment = load(folder.experiment)
+    if private := experiment.personalization.private:
+        raise InputError(
+            "this run's model has parts that never left the clients",
+            got=f"personalization.private = {', '.join(private)}",
+            expected="a run without them",
+            hint="The clients' own parts lie in the run's folder under clients/",
+        )
     preparation = folder.read_preparation(Preparation)
     spec = preparation.spec
     names, raw = read_inputs(inputs, experiment.data, preparation)

@@ -194,6 +194,9 @@ class RunFolder:
         path = self.checkpoints / f"round-{checkpoint.round_number:07d}.safetensors"
         with _naming_disk_errors(path):
             self._sync_rounds()  # a checkpoint must not outlive the records of its rounds
+            for later in self._checkpoint_paths():
+                if later.name > path.name:  # of a future that was given up, for its files were damaged
+                    later.unlink(missing_ok=True)
             write_state(path, vars(checkpoint))
         for old in self._checkpoint_paths()[_KEPT:]:
             old.unlink(missing_ok=True)
@@ -215,6 +218,8 @@ class RunFolder:
                 return Checkpoint(**read_state(path))
             except (DamagedStateError, TypeError, OSError) as error:
                 warn(f"checkpoint {path.name} is damaged ({error}); trying the one before it")
+                with contextlib.suppress(OSError):  # out of the way of the two that are kept
+                    path.rename(path.with_suffix(".damaged"))
         return None
 
     def write_model(self, state_dict: Mapping[str, Tensor]) -> str:

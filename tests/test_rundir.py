@@ -76,6 +76,21 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(folder: R
     assert "round-0000002.safetensors is damaged" in told[0]
 
 
+def test_after_two_damaged_checkpoints_the_new_ones_are_kept(folder: RunFolder) -> None:
+    for number in (10, 20):
+        folder.write_checkpoint(checkpoint(number))
+    for path in folder.checkpoints.iterdir():
+        path.write_bytes(b"")
+    told: list[str] = []
+    assert folder.latest_checkpoint(told.append) is None
+    assert len(told) == 2
+    assert folder.oldest_checkpoint_round() == 0
+    folder.write_checkpoint(checkpoint(5))
+    read = folder.latest_checkpoint(never)
+    assert read is not None
+    assert read.round_number == 5
+
+
 def test_no_checkpoint_is_no_checkpoint(folder: RunFolder) -> None:
     assert folder.latest_checkpoint(never) is None
 

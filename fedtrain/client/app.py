@@ -90,7 +90,8 @@ def make_client_app(experiment: Experiment, task: Task, data: FederatedData, sit
         trainer.load(now.params, now.kept)
         metrics = evaluate(trainer.model, task, own.test, batch)
         epochs = section.fine_tune_epochs if number == experiment.rounds else 0
-        if metrics and trainer.personalize(now, own.train, epochs):
+        if metrics and (recipe.personal_rule or epochs):
+            trainer.personalize(now, own.train, epochs)
             personal = evaluate(trainer.model, task, own.test, batch)
             metrics |= {f"{PERSONAL}{name}": value for name, value in personal.items()}
         measurement = wire.Measurement(client_id, len(own.test), metrics)

@@ -274,6 +274,11 @@ class Experiment(Section):
         asked, there = self.clients.per_round, self.data.clients
         if asked is not None and there is not None and asked > there:
             raise ValueError(f"clients.per_round = {asked} asks for more than the data.clients = {there} there are")
+        if self.personalization.private and self.evaluation.target_metric:
+            raise ValueError(
+                "evaluation.target_metric is of the central test set, for which personalization.private leaves the server "
+                "no whole model"
+            )
         self._check_strategy()
         return self
 

@@ -142,6 +142,7 @@ class QFedAvgStrategy(_Strategy):
     """Clients with a higher loss weigh more: fairer accuracies (Li et al. 2020)."""
 
     name: Literal["qfedavg"]
+    needs_sgd: ClassVar[bool] = True
     q: float = Field(default=0.1, ge=0)
     """Fairness: 0 is an unweighted FedAvg, larger is fairer."""
 
@@ -182,6 +183,10 @@ class MultiKrumStrategy(_Krum):
     name: Literal["multi-krum"]
     keep: int | None = Field(default=None, ge=1, examples=[5])
     """m, the number of updates to average; n - f unless given."""
+
+    @property
+    def least_updates(self) -> int:
+        return max(super().least_updates, self.keep or 1)
 
 
 class BulyanStrategy(_Krum):

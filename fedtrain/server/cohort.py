@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedtrain.errors import InputError
 from fedtrain.experiment.sections import Experiment
 from fedtrain.params import Params
 from fedtrain.server.gate import Gate
@@ -27,13 +28,19 @@ class Cohort:
         experiment: who takes part, when, and what the gate lets through.
         sizes: `(clients,)` training examples; 0 for those that are not to be asked.
         asynchrony: of the strategy; None for rounds.
+
+    Raises:
+        InputError: clients have no durations, and the strategy is asynchronous.
     """
 
     def __init__(self, experiment: Experiment, sizes: npt.NDArray[np.int64], asynchrony: Asynchrony | None) -> None:
         self._experiment, self._asynchrony = experiment, asynchrony
         self._crowd = Crowd(experiment.clients, experiment.seed, sizes)
+        if asynchrony and experiment.clients.duration is None:
+            raise InputError("an asynchronous strategy needs clients.duration: how long clients take")
         most = experiment.evaluation.max_clients if experiment.data.test else 0
-        self.evaluators: Sequence[int] = fixed_sample(most, experiment.seed, len(sizes)).tolist()
+        present = np.flatnonzero(sizes > 0)
+        self._evaluators: Sequence[int] = present[fixed_sample(most, experiment.seed, len(present))].tolist()
         self._pending: dict[tuple[int, int], Update] = {}
 
     def begin(self, strategy: RoundStrategy, params: Params, memory: Mapping[str, Any]) -> None:
@@ -83,6 +90,17 @@ class Cohort:
             if self._crowd.section.sampling == "power-of-choice":
                 self._crowd.losses[client] = update.metrics["loss"]
             yield update
+
+    def close(self, turn: Turn, silent: Iterable[int]) -> None:
+        """End a round: who has not answered is as likely to be chosen by loss as the middle of the others."""
+        if self._crowd.section.sampling == "power-of-choice":
+            known = float(np.median([*self._crowd.losses.values()] or [0.0]))
+            for client in (*turn.late, *silent):
+                self._crowd.losses.setdefault(client, known)
+
+    def evaluators(self) -> list[int]:
+        """Who measures the model, always the same but for those set aside since."""
+        return [client for client in self._evaluators if client not in self._crowd.absent]
 
     def set_aside(self, client: int) -> None:
         """Ask a client no more in this run."""

@@ -58,13 +58,15 @@ class Gate:
         self._scale: float = memory["scale"]
         self._norms = _Accepted(section.norm_factor, memory["norms"])
         self._extra_norms = _Accepted(section.norm_factor, memory["extra_norms"])
-        self._examples = _Accepted(section.examples_factor, memory["examples"])
+        # A mean: where sizes are very uneven, the largest client is far from the median, but has its part in the mean.
+        self._examples = _Accepted(section.examples_factor, memory["examples"], statistics.fmean)
         self._offences: dict[str, int] = dict(memory["offences"])
 
     def objection(self, update: Update, client_id: str, round_number: int) -> str | None:
         """Say why an update must not be used, in one line; None if it may.
 
-        It reads each tensor once. An objection counts as an offence of the client that was asked.
+        It reads each tensor once. An objection counts as an offence of the client that was asked, unless the client may
+        be honest: it has very many examples, or nothing left to learn.
 
         Args:
             update: as the client sent it.
@@ -73,6 +75,8 @@ class Gate:
         """
         try:
             norm, extra_norm = self._check(update, client_id, round_number)
+        except _DoubtError as error:
+            return shorten(str(error), _REASON)
         except RunError as error:
             return self.refuse(client_id, error)
         self._norms.add(norm)
@@ -116,7 +120,7 @@ class Gate:
         norm = _norm("tensor", update.delta, self._model)
         extra_norm = _norm("extra tensor", update.extra, self._extra)
         if self._size and not norm:
-            raise RunError("the update is zero throughout: the client did not train")
+            raise _DoubtError("the update is zero throughout")
         if self._section.norm_factor:
             most = _MOST_GROWTH * self._scale
             _check_norm("update's L2 norm", norm, min(most, self._norms.limit()))
@@ -132,23 +136,29 @@ class Gate:
             raise RunError("num_examples is wrong", got=repr(number), expected=f"an integer from 1 to {most}")
         if number > self._examples.limit():
             limit = f"at most {self._examples.limit():g} (gate.examples_factor)"
-            raise RunError("num_examples is out of all proportion to other clients'", got=number, expected=limit)
+            raise _DoubtError("num_examples is out of all proportion to other clients'", got=number, expected=limit)
+
+
+class _DoubtError(RunError):
+    """An update that is not used, of a client that may be honest."""
 
 
 class _Accepted:
-    """The last accepted values of one kind."""
+    """The last accepted values of one kind, and their middle: a median, or a mean."""
 
-    def __init__(self, factor: float, values: Iterable[float]) -> None:
-        self._factor = factor
+    def __init__(
+        self, factor: float, values: Iterable[float], middle: Callable[[Iterable[float]], float] = statistics.median
+    ) -> None:
+        self._factor, self._middle = factor, middle
         self.values = deque(values, maxlen=_WINDOW)
 
     def add(self, value: float) -> None:
         self.values.append(value)
 
     def limit(self) -> float:
-        """How large another may be: `factor` times the median, where there are enough for one and it is not 0."""
-        median = statistics.median(self.values) if len(self.values) >= _ENOUGH else 0.0
-        return self._factor * median or math.inf
+        """How large another may be: `factor` times the middle, where there are enough for one and it is not 0."""
+        middle = self._middle(self.values) if len(self.values) >= _ENOUGH else 0.0
+        return self._factor * middle or math.inf
 
 
 def measurement_objection(measurement: Measurement, client_id: str) -> str | None:

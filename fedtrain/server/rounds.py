@@ -23,7 +23,6 @@ from fedtrain.records import RoundRecord
 from fedtrain.rundir import Checkpoint, RunFolder
 from fedtrain.server.cohort import Cohort
 from fedtrain.server.gate import measurement_objection
-from fedtrain.server.schedule import Turn
 from fedtrain.strategies.adapter import RoundStrategy
 from fedtrain.training.evaluation import weighted_mean
 from fedtrain.training.optimizer import lr_factor
@@ -60,6 +59,10 @@ class _Round:
     staleness: list[int] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
+
+    def silent(self, nodes: Mapping[int, int]) -> list[int]:
+        """Positions of the clients that were asked and have sent nothing of use."""
+        return [nodes[node] for node, client in self.names.items() if client in self.quarantined]
 
 
 @dataclass(frozen=True)
@@ -131,15 +134,19 @@ class Server:
         asked = list(self.strategy.configure(round_number, params, list(nodes)))
         seen = _Round(round_number, {node: self.client_name(node) for node in asked})
         work = {node: turn.work[client] for node, client in nodes.items() if client in turn.work}
-        messages = self._instructions(MessageType.TRAIN, params, seen, asked, work)
-        if messages:  # who comes late was sent the model all the same
-            seen.bytes_down += len(turn.late) * wire.size(messages[0].content)
+        late = self._nodes(turn.late)
+        messages = self._instructions(MessageType.TRAIN, params, seen, [*asked, *late], work)[: len(asked)]
         self.observer.round_started(round_number, len(messages))
         replies = wire.in_order(self._counted(round_number, self.grid.send_and_receive(messages)), asked)
         arrived = ((nodes[node], update) for node, update in self._valid(replies, seen))
-        new = self.strategy.aggregate(round_number, params, self._noted(self.cohort.used(turn, arrived), seen))
+        updates = self._noted(self.cohort.used(turn, arrived), seen)
+        new = self.strategy.aggregate(round_number, params, updates)
+        read = len(seen.losses)
+        if left := sum(1 for _ in updates):  # clients must have ended before the model is written over
+            raise RunError("the strategy must read all updates of a round", got=f"{read} of {read + left}")
+        self.cohort.close(turn, seen.silent(nodes))
         self._set_aside(nodes, seen)
-        self._check_quorum(turn, seen)
+        self._check_quorum(turn.wanted - (len(nodes) - len(asked)), seen)
         trained = time.perf_counter()
         section = self.experiment.evaluation
         central = self.evaluate(new) if self._due(round_number, section.central_every) else {}
@@ -152,7 +159,7 @@ class Server:
                 participants=seen.participants,
                 quarantined=seen.quarantined,
                 set_aside=seen.set_aside,
-                late=[self.client_name(node) for node in self._nodes(turn.late)],
+                late=[self.client_name(node) for node in late],
                 num_examples=sum(examples for _, examples in seen.losses),
                 train=weighted_mean(seen.losses),
                 central=central,
@@ -179,8 +186,9 @@ class Server:
     def _instructions(
         self, kind: str, params: Params, seen: _Round, nodes: Iterable[int], work: Mapping[int, float]
     ) -> list[Message]:
-        """One message per client; all share one record of the parameters."""
-        arrays, shared = flower.array_record(params), flower.array_record(self.strategy.share())
+        """One message per client; all share one record of the parameters, and bytes are counted as sent."""
+        arrays = flower.array_record(params)
+        shared = flower.array_record(self.strategy.share()) if kind == MessageType.TRAIN else None
         kept = self.folder.oldest_checkpoint_round()
         messages = []
         for node in nodes:
@@ -230,23 +238,23 @@ class Server:
                 seen.set_aside.append(client_id)
                 self.observer.notice(f"{shorten(client_id)} is set aside for the rest of the run")
 
-    def _check_quorum(self, turn: Turn, seen: _Round) -> None:
+    def _check_quorum(self, wanted: int, seen: _Round) -> None:
         used = len(seen.participants)
-        if used < turn.wanted * self.experiment.clients.quorum - 1e-9:
+        if used < wanted * self.experiment.clients.quorum - 1e-9:
             client, reason = next(iter(seen.quarantined.items()), ("every client", "no answer in time"))
             raise RunError(
                 f"round {seen.number} has too few valid updates",
-                got=f"{used} of {turn.wanted} clients",
+                got=f"{used} of {wanted} clients",
                 expected=f"at least clients.quorum = {self.experiment.clients.quorum} of them",
                 hint=f"{shorten(client)}: {reason}",
             )
         if not used:
-            what = "no client was drawn" if not seen.names else "no valid update came"
+            what = "no valid update came in time" if wanted else "no client was drawn"
             self.observer.notice(f"round {seen.number}: {what}; the model stays as it is")
 
     def _evaluate_on_clients(self, params: Params, seen: _Round) -> dict[str, dict[str, float]]:
         """Each client's own numbers on its held-out examples; clients without any are left out."""
-        names = {node: self.client_name(node) for node in self._nodes(self.cohort.evaluators)}
+        names = {node: self.client_name(node) for node in self._nodes(self.cohort.evaluators())}
         messages = self._instructions(MessageType.EVALUATE, params, seen, names, {})
         per_client: dict[str, dict[str, float]] = {}
         for reply in wire.in_order(self.grid.send_and_receive(messages) if messages else (), names):

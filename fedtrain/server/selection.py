@@ -84,7 +84,7 @@ class Crowd:
             Cho, Wang, Joshi, "Towards Understanding Biased Client Selection in Federated Learning", AISTATS 2022.
         """
         candidates = min(max(self.section.candidates or 2 * self.wanted(), count), len(present))
-        drawn = np.sort(self._some(rng, present, candidates))
+        drawn = self._some(rng, present, candidates)  # in random order, which decides between equal losses
         known = np.array([self.losses.get(int(position), np.inf) for position in drawn])
         return np.sort(drawn[np.argsort(-known, kind="stable")[:count]])
 
@@ -113,8 +113,12 @@ def eligible(section: ClientsSection, base: Path, client_ids: Sequence[str]) -> 
     if section.tags is None or not section.where:
         return np.ones(len(client_ids), dtype=bool)
     tags = _read_tags(base / section.tags, section.where)
-    wanted = {tag: _text(value) for tag, value in section.where.items()}
-    fits = np.fromiter((wanted.items() <= tags.get(name, {}).items() for name in client_ids), bool, len(client_ids))
+    wanted = {tag: str(value) for tag, value in section.where.items()}
+
+    def fit(has: Mapping[str, str]) -> bool:
+        return all(_same(has.get(tag, ""), value) for tag, value in section.where.items())
+
+    fits = np.fromiter((fit(tags.get(name, {})) for name in client_ids), bool, len(client_ids))
     if not fits.any():
         raise InputError(
             "no client has the tags of clients.where",
@@ -138,5 +142,5 @@ def _read_tags(path: Path, wanted: Iterable[str]) -> Mapping[str, dict[str, str]
         raise InputError(f"the file of clients.tags cannot be read ({error})", got=str(path)) from error
 
 
-def _text(value: str | bool | int) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _same(text: str, value: str | bool | int) -> bool:
+    return text.lower() == str(value).lower() if isinstance(value, bool) else text == str(value)

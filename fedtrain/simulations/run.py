@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.serverapp.strategy import Strategy
 from torch import nn
@@ -94,10 +95,11 @@ def simulate(experiment: Experiment, places: Places, observer: Observer) -> RunF
             data = build(experiment.data, places.data_root, places.base, experiment.seed)
             task = make_task(experiment.task, data.spec, places.base)
             _try_task(task, data)
-            strategy = make_strategy(experiment, len(data.client_ids()), places.base)
+            sizes = np.where(eligible(experiment.clients, places.base, data.client_ids()), data.sizes(), 0)
+            strategy = make_strategy(experiment, int(np.count_nonzero(sizes)), places.base)
             stack.enter_context(folder.locked())
             refuse_other_run(folder, experiment, places.base)
-            simulation = _Simulation(experiment, places, observer, folder, data, task, strategy, device)
+            simulation = _Simulation(experiment, places, observer, folder, data, sizes, task, strategy, device)
             simulation.run(pool, count)
         except KeyboardInterrupt:
             raise InterruptedRunError(
@@ -115,6 +117,7 @@ class _Simulation:
     observer: Observer
     folder: RunFolder
     data: PartitionedData
+    sizes: npt.NDArray[np.int64]  # training examples; 0 for clients that are not to be asked
     task: Task
     strategy: FederatedStrategy | Strategy
     device: torch.device
@@ -178,8 +181,7 @@ class _Simulation:
             asynchrony = self.strategy.asynchrony
         else:
             runner = StockStrategy(self.strategy, experiment.seed, client_name)
-        may_train = eligible(experiment.clients, self.places.base, names)
-        cohort = Cohort(experiment, np.where(may_train, data.sizes(), 0), asynchrony)
+        cohort = Cohort(experiment, self.sizes, asynchrony)
         start = self._start(Checkpoint(0, initial, runner.state))
         site = Site(self.places.base, ClientState(self.folder.clients), self.device)
         engine: Engine

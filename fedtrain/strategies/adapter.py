@@ -126,6 +126,8 @@ class FlowerStrategy(AlgorithmRunner, Strategy):
 
         def updates() -> Iterable[wire.Update]:
             for reply in replies:
+                if reply.has_error():
+                    continue
                 update = wire.update(reply.content)
                 losses.append((dict(update.metrics), update.num_examples))
                 yield update
@@ -140,7 +142,7 @@ class FlowerStrategy(AlgorithmRunner, Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean over the clients' held-out examples."""
-        measurements = [wire.measurement(reply.content) for reply in replies]
+        measurements = [wire.measurement(reply.content) for reply in replies if not reply.has_error()]
         return MetricRecord(dict(weighted_mean((m.metrics, m.num_examples) for m in measurements)))
 
     def summary(self) -> None:

@@ -112,15 +112,17 @@ def fedopt(section: FedOptStrategy) -> FederatedStrategy:
 def _adaptive(
     server_lr: float, beta1: float, tau: float, second_moment: Callable[[Tensor, Tensor], Tensor]
 ) -> FederatedStrategy:
-    """Algorithm 2; `second_moment` takes v_{t-1} and Delta_t^2 to v_t."""
+    """Algorithm 2; `second_moment` takes v_{t-1} and Delta_t^2 to v_t. Without beta_1, m_t is Delta_t: no state."""
 
     def init(params: Params) -> State:
-        return {"m": zeros_like(params), "v": {name: torch.full_like(t, tau**2) for name, t in params.items()}}
+        v = {name: torch.full_like(t, tau**2) for name, t in params.items()}
+        return {"m": zeros_like(params), "v": v} if beta1 else {"v": v}
 
     def step(state: State, params: Params, delta: Params) -> tuple[Params, State]:
-        m = {name: beta1 * state["m"][name] + (1 - beta1) * d for name, d in delta.items()}
+        m = {name: beta1 * state["m"][name] + (1 - beta1) * d for name, d in delta.items()} if beta1 else delta
         v = {name: second_moment(state["v"][name], d.square()) for name, d in delta.items()}
-        return {name: t + server_lr * m[name] / (v[name].sqrt() + tau) for name, t in params.items()}, {"m": m, "v": v}
+        new = {name: t + server_lr * m[name] / (v[name].sqrt() + tau) for name, t in params.items()}
+        return new, {"m": m, "v": v} if beta1 else {"v": v}
 
     return server_optimizer(init, step)
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from fedtrain.errors import FedtrainError, InputError, nearest
+from fedtrain.errors import FedtrainError, InputError, RunError, nearest
 from fedtrain.experiment.strategies import OwnStrategy
 from fedtrain.importing import load_object, raised
-from fedtrain.params import Params
+from fedtrain.params import Params, snapshot
+from fedtrain.statefile import UnsavableStateError, copy_state
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
 from fedtrain.strategies.stock import fitted, naming_failures, refuse_unsuitable
 from fedtrain.training.rules import LocalRule
@@ -115,11 +116,38 @@ def _checked(strategy: FederatedStrategy, name: str) -> FederatedStrategy:
 
     def init(params: Params) -> State:
         with naming_failures(f"init of {name}"):
-            return algorithm.init(params)
+            state = algorithm.init(snapshot(params))
+        return _kept(state, f"init of {name}", InputError)
 
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
         with naming_failures(f"apply of {name}"):
-            new, next_state = algorithm.apply(state, params, updates)
-            return fitted(new, params, name), next_state
+            # Copies, here and of the result: what is changed in place would change in the last checkpoint too.
+            new, next_state = algorithm.apply(copy_state(state), snapshot(params), updates)
+            return fitted(new, params, name), _kept(next_state, f"apply of {name}", RunError)
 
-    return strategy._replace(algorithm=algorithm._replace(init=init, apply=apply))
+    def share(state: State) -> Params:
+        with naming_failures(f"share of {name}"):
+            return algorithm.share(copy_state(state))
+
+    def extra(params: Params) -> Params:
+        with naming_failures(f"extra of {name}"):
+            return algorithm.extra(params)
+
+    def objection(update: Update) -> str | None:
+        try:
+            return algorithm.objection(update)
+        except FedtrainError:
+            raise
+        except Exception as exc:  # no RunError: the gate would refuse the update, as if the client were at fault
+            raise raised(f"objection of {name}", exc, InputError) from exc
+
+    named = Algorithm(init, apply, share, extra, objection, algorithm.takes_buffers)
+    return strategy._replace(algorithm=named)
+
+
+def _kept(state: State, what: str, error: type[FedtrainError]) -> State:
+    """Copy a state, of which the strategy may keep tensors, or refuse it while its round can be named."""
+    try:
+        return copy_state(state)
+    except UnsavableStateError as exc:
+        raise error(f"{what} gave what no checkpoint can hold: {exc}", hint=_GUIDE) from exc

@@ -2,7 +2,8 @@
 
 References:
     Li, Sanjabi, Beirami, Smith, "Fair Resource Allocation in Federated Learning", ICLR 2020, algorithm 2, with F_k the
-    loss of the server's model w on client k, and L = 1 / lr in place of the Lipschitz constant:
+    loss of the server's model w on client k, and L = 1 / lr in place of the Lipschitz constant, with the lr that a
+    schedule starts from:
         Delta w_k = L (w - w_k),    Delta_k = F_k^q Delta w_k
         h_k = q F_k^(q-1) ||Delta w_k||^2 + L F_k^q
         w <- w - sum_k Delta_k / sum_k h_k

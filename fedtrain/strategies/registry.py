@@ -35,7 +35,7 @@ class Setting(NamedTuple):
     """What the mathematics of some strategies depends on besides their own section."""
 
     experiment: Experiment
-    num_clients: int  # registered; only server halves use it
+    num_clients: int  # those that may be asked; only server halves use it
 
 
 STRATEGIES: Mapping[str, Callable[[Any, Setting], FederatedStrategy]] = {
@@ -69,7 +69,7 @@ def make_strategy(experiment: Experiment, num_clients: int, base: Path) -> Feder
 
     Args:
         experiment: its [strategy] section, and what that depends on.
-        num_clients: registered clients; only server halves use it.
+        num_clients: those that may be asked; only server halves use it.
         base: the experiment file's folder, against which "file.py:name" is resolved.
 
     Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,8 @@ class Recipe:
     Attributes:
         training: the experiment's training section.
         rule: the strategy's client half; None trains plainly.
-        personal_rule: by which a personal model is trained beside the global one; None for no such model.
+        personal_rule: by which a personal model is trained beside the global one; None for no such model. It needs no
+            `finish`: the model itself is all that is kept.
         private: patterns of parameter names that never leave the client, such as "head.*".
     """
 
@@ -169,28 +170,30 @@ class Trainer:
         if self._private:
             keep["private"] = P.snapshot({name: after[name] for name in self._private})
         if self._recipe.personal_rule:
-            self.load({**assignment.params, **kept.get("personal", {})}, kept)
+            self._load_personal(assignment)
             self._fit(assignment, examples, _Phase("personal", self._recipe.training, self._recipe.personal_rule))
             keep["personal"] = P.snapshot(P.exchanged(self.model))
         return LocalResult(delta, len(examples), loss, P.snapshot(extra), keep)
 
-    def personalize(self, assignment: Assignment, examples: Examples, epochs: int) -> bool:
+    def personalize(self, assignment: Assignment, examples: Examples, epochs: int) -> None:
         """Put the client's own model in place: the one it trains beside the global one, or a fine-tuned copy of that.
+
+        A client that has not trained yet has the global one.
 
         Args:
             assignment: the client and the server's parameters.
             examples: the client's training set.
-            epochs: passes of fine-tuning; 0 for none.
-
-        Returns:
-            Whether the client has such a model; if not, the model is the global one.
+            epochs: passes of fine-tuning, at the full learning rate; 0 for none.
         """
-        personal = assignment.kept.get("personal", {})
-        self.load({**assignment.params, **personal}, assignment.kept)
+        self._load_personal(assignment)
         if epochs and len(examples):
             training = self._recipe.training.model_copy(update={"local_epochs": epochs, "local_steps": None})
-            self._fit(assignment, self._place(examples), _Phase("fine-tune", training))
-        return bool(personal) or (epochs > 0 and len(examples) > 0)
+            whole = replace(assignment, lr_factor=1.0, work=1.0)
+            self._fit(whole, self._place(examples), _Phase("fine-tune", training))
+
+    def _load_personal(self, assignment: Assignment) -> None:
+        personal = assignment.kept.get("personal")  # all of a model, private parameters too
+        self.load(personal or assignment.params, {} if personal else assignment.kept)
 
     def _fit(
         self, assignment: Assignment, examples: Examples, phase: _Phase
@@ -220,7 +223,7 @@ class Trainer:
         mean_loss = float(torch.stack(losses).double().sum()) / seen
         if rule is None or rule.finish is None:
             return mean_loss, {}, {}
-        return mean_loss, *rule.finish(state, LocalEnd([p.detach() for p in self._trained[:ruled]], steps))
+        return mean_loss, *rule.finish(state, LocalEnd([p.detach().clone() for p in self._trained[:ruled]], steps))
 
     def _start(self, assignment: Assignment, examples: Examples, phase: _Phase) -> LocalStart:
         def mean_loss() -> float:

@@ -195,7 +195,8 @@ def aggregated(name: str, replies: list[tuple[str, RecordDict | Update]]) -> tup
                 yield read
 
     left = algorithm.apply(algorithm.init(PARAMS), PARAMS, accepted())
-    assert gate.memory()["offences"] == dict.fromkeys(quarantined, 1)
+    honest = ("zero update",)  # nothing left to learn
+    assert gate.memory()["offences"] == {name: 1 for name in quarantined if not name.endswith(honest)}
     return to_bytes((*left, gate.memory() | {"offences": {}})), quarantined
 
 

@@ -267,6 +267,11 @@ def test_a_contradiction_shows_the_values_that_clash(faults, text, path, got):
             {"strategy.buffer_size = 6", "data.clients = 5"},
         ),
         (
+            STRATEGY + '"multi-krum"\nkeep = 6\n',
+            "strategy.name",
+            {'strategy.name = "multi-krum"', "data.clients = 5"},
+        ),
+        (
             STRATEGY + '"krum"\nbyzantine = 2\n',
             "strategy.name",
             {'strategy.name = "krum"', "data.clients = 5", "strategy.byzantine = 2"},

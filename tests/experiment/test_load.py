@@ -89,12 +89,15 @@ def reconcile(document: dict[str, Any]) -> dict[str, Any]:
     if "target_value" not in evaluation or "target_metric" not in evaluation:
         evaluation.pop("target_value", None)
         evaluation.pop("target_metric", None)
+    if "target_metric" in evaluation:
+        document.pop("personalization", None)
     clients["per_round"] = min(clients.get("per_round", 5), data.get("clients", 5))
     match strategy.get("name"):
-        case "scaffold" | "fednova":
+        case "scaffold" | "fednova" | "qfedavg":
             training.pop("optimizer", None)
         case "krum" | "multi-krum" | "bulyan":
             strategy["byzantine"] = 0
+            strategy.pop("keep", None)
             clients.pop("per_round", None)
             if data.get("clients", 7) < 3:
                 strategy.clear()

@@ -51,15 +51,16 @@ def test_only_the_last_hundred_count() -> None:
     assert judge(judged, 10.1) != ""
 
 
-def test_examples_against_the_median_of_the_accepted_ones() -> None:
+def test_examples_against_the_mean_of_the_accepted_ones() -> None:
     judged = gate(max_examples=50_000)
     assert "from 1 to 50000" in judge(judged, examples=50_001)
-    for examples in (10, 10, 20, 30, 40):
+    for examples in (10, 10, 20, 30, 30):
         assert judge(judged, examples=examples) == ""
     assert judge(judged, examples=20_001) == (
         "num_examples is out of all proportion to other clients': "
         "got 20001; expected at most 20000 (gate.examples_factor)"
     )
+    assert judged.memory()["offences"] == {"a": 1}  # for the first; a very large client may be honest
     assert judge(judged, examples=20_000) == ""
     assert judge(gate(examples_factor=0), examples=1) == ""
 

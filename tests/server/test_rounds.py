@@ -1,6 +1,6 @@
 import math
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtrain import wire
+from fedtrain import flower, wire
 from fedtrain.client.app import CLIENT_ID
 from fedtrain.errors import InterruptedRunError, RunError
 from fedtrain.experiment.sections import Experiment
@@ -22,7 +22,7 @@ from fedtrain.server.cohort import Cohort
 from fedtrain.server.rounds import Server
 from fedtrain.simulations.grid import InProcess, SimulationGrid
 from fedtrain.strategies.adapter import AlgorithmRunner
-from fedtrain.strategies.base import FederatedStrategy
+from fedtrain.strategies.base import FederatedStrategy, State
 from fedtrain.strategies.fedavg import fedavg
 from fedtrain.strategies.fedbuff import fedbuff
 
@@ -204,7 +204,7 @@ def test_a_measurement_that_is_not_a_number_is_not_used(trial: Callable[..., Tri
 def test_a_round_without_a_valid_update_leaves_the_model_and_says_so(trial: Callable[..., Trial]) -> None:
     run = trial(deltas=(NAN, None, NAN, NAN))
     assert run.run(clients={"quorum": 0.0}) == {"w": [10.0]}
-    assert run.told.notices[-1] == "round 1: no valid update came; the model stays as it is"
+    assert run.told.notices[-1] == "round 1: no valid update came in time; the model stays as it is"
     assert (run.record().participants, run.record().train, run.record().update_norm) == ([], {}, 0.0)
 
 
@@ -214,6 +214,49 @@ def test_who_offends_too_often_is_asked_no_more(trial: Callable[..., Trial]) -> 
     assert [record.set_aside for record in run.folder.read_rounds()] == [[], [], ["b"], [], []]
     assert [sorted(record.quarantined) for record in run.folder.read_rounds()[1:]] == [["b", "d"]] * 2 + [["d"]] * 2
     assert "b is set aside for the rest of the run" in run.told.notices  # d only failed, and may recover
+
+
+def test_who_must_not_be_asked_is_not_asked_to_evaluate(trial: Callable[..., Trial]) -> None:
+    run = trial(deltas=(1.0, NAN, 3.0, 4.0))
+    run.run(rounds=2, gate={"max_offences": 1}, evaluation={"clients_every": 1, "max_clients": 100})
+    assert run.record(1).per_client.keys() == run.record(2).per_client.keys() == {"a", "c", "d"}
+
+
+def test_only_training_is_sent_what_the_strategy_shares(trial: Callable[..., Trial]) -> None:
+    sections = {"strategy": {"name": "scaffold"}, "training": {"optimizer": {"name": "sgd"}}}
+    shared, plain = trial(strategy=sharing()), trial()
+    shared.run(**sections)
+    sent = shared.record().bytes_down
+    (shared.path / "rounds.jsonl").unlink()
+    for path in shared.folder.checkpoints.iterdir():
+        path.unlink()
+    plain.run()
+    extra = wire.instruction_content(flower.array_record(START), 1, flower.array_record(START))
+    each = wire.size(extra) - wire.size(wire.instruction_content(flower.array_record(START), 1))
+    assert sent - plain.record().bytes_down == 4 * each
+
+
+def sharing() -> FederatedStrategy:
+    plain = fedavg().algorithm
+    return FederatedStrategy(plain._replace(share=lambda _: START))
+
+
+def test_a_strategy_that_leaves_updates_unread_is_told(trial: Callable[..., Trial]) -> None:
+    def hasty(state: State, params: Params, updates: Iterable[wire.Update]) -> tuple[Params, State]:
+        next(iter(updates))
+        return params, state
+
+    run = trial(strategy=FederatedStrategy(fedavg().algorithm._replace(apply=hasty)))
+    with pytest.raises(RunError, match="must read all updates of a round: got 1 of 4"):
+        run.run()
+
+
+def test_who_does_not_answer_does_not_crowd_out_the_others(trial: Callable[..., Trial]) -> None:
+    run = trial(deltas=[None, None, None, *[1.0] * 7], accuracies=[0.0] * 10)
+    clients = {"per_round": 4, "sampling": "power-of-choice", "candidates": 10, "quorum": 0.0}
+    run.run(rounds=12, clients=clients, evaluation={"max_clients": 0})
+    used = [len(record.participants) for record in run.folder.read_rounds()[1:]]
+    assert sum(used[3:]) > 18  # of 36, where without end the same three would take three places of four
 
 
 def test_offences_are_remembered_over_a_resumption(trial: Callable[..., Trial]) -> None:

@@ -52,6 +52,13 @@ def test_fedadagrad_by_hand() -> None:
     assert trajectory(strategy, 4.0, 12.0) == [1.0, 2.5]
 
 
+def test_fedadagrad_remembers_one_model() -> None:
+    algorithm, params = fedadagrad(FedAdagradStrategy(name="fedadagrad")).algorithm, {"w": torch.zeros(1)}
+    first = algorithm.init(params)
+    _, second = algorithm.apply(first, params, averaging_to(4.0))
+    assert first.keys() == second.keys() == {"v"}
+
+
 def test_fedadam_by_hand() -> None:
     strategy = fedadam(FedAdamStrategy(name="fedadam", server_lr=12.0, betas=(0.5, 0.5), tau=1.0))
     # m = 3.5, v = (1 + 49) / 2 = 25: 12 * 3.5 / (5 + 1); m = 1.75 - 2.5, v = (25 + 25) / 2: 12 * -0.75 / (5 + 1)

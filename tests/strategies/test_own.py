@@ -1,6 +1,8 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg, FedTrimmedAvg, QFedAvg
@@ -8,7 +10,7 @@ from flwr.serverapp.strategy import FedAvg, FedTrimmedAvg, QFedAvg
 from fedtrain.errors import InputError, RunError
 from fedtrain.experiment.strategies import OwnStrategy
 from fedtrain.params import Params
-from fedtrain.strategies.base import FederatedStrategy
+from fedtrain.strategies.base import FederatedStrategy, State
 from fedtrain.strategies.own import load_own
 from fedtrain.training.rules import LocalStart
 from fedtrain.wire import Update
@@ -39,6 +41,26 @@ def broken(): return algorithm(lambda params: params["missing"])
 def bad_init(): return Algorithm(lambda params: 1 / 0, None)
 def bare(): return FederatedStrategy(lambda params: {}, None)
 def bad_rule(): return FederatedStrategy(algorithm(), print)
+def state_of(first, later=None):
+    return Algorithm(lambda params: first, lambda state, params, updates: (params, first if later is None else later))
+def bad_share(): return algorithm()._replace(share=lambda state: state["missing"])
+def bad_extra(): return algorithm()._replace(extra=lambda params: 1 / 0)
+def bad_objection(): return algorithm()._replace(objection=lambda update: update.missing)
+
+def in_place():
+    def init(params):
+        return {"m": params, "deep": {"rounds": [0]}}
+    def apply(state, params, updates):
+        state["m"]["w"].add_(1)
+        state["deep"]["rounds"][0] += 1
+        params["w"].add_(state["m"]["w"])
+        scratch["m"].copy_(state["m"]["w"])
+        return params, {**state, "m": {"w": scratch["m"]}}
+    def share(state):
+        return {"w": state["m"]["w"].neg_()}
+    scratch = {"m": torch.zeros(2)}
+    return Algorithm(init, apply, share)
+
 def proximal(mu): return FedProx(proximal_mu=mu)
 def by_size(): return FedAvg(weighted_by_key="size")
 
@@ -48,7 +70,7 @@ class Flwr(FedAvg):
         self.extra = extra
 """
 
-Load = Callable[..., object]
+Load = Callable[..., Any]
 
 
 @pytest.fixture
@@ -152,12 +174,60 @@ def test_what_is_wrong_with_a_strategy_of_flwr(name: str, options: dict, message
     [
         ("broken", r"apply of own.py:broken failed at .*own.py, line \d+: KeyError: 'missing'"),
         ("bad_init", r"init of own.py:bad_init failed at .*own.py, line \d+: ZeroDivisionError"),
+        ("bad_share", r"share of own.py:bad_share failed at .*own.py, line \d+: KeyError: 'missing'"),
+        ("bad_extra", r"extra of own.py:bad_extra failed at .*own.py, line \d+: ZeroDivisionError"),
         ("not_finite", "own.py:not_finite made NaN or infinite values in w"),
     ],
 )
 def test_a_failure_in_a_run_names_the_users_line(own: Load, name: str, message: str) -> None:
+    algorithm, params = own(name).algorithm, {"w": torch.ones(2)}
     with pytest.raises(RunError, match=message):
-        step(own(name), {"w": torch.ones(2)})
+        algorithm.extra(params)
+        state = algorithm.init(params)
+        algorithm.share(state)
+        algorithm.apply(state, params, iter(()))
+
+
+def test_a_failing_objection_is_not_the_clients_fault(own: Load) -> None:
+    objection = own("bad_objection").algorithm.objection
+    # The gate takes a RunError for a reason to refuse the update.
+    with pytest.raises(InputError, match=r"objection of own.py:bad_objection failed at .*own.py, line \d+: Attribute"):
+        objection(Update("a", 1, {"w": torch.ones(2)}, 4))
+
+
+def test_what_a_checkpoint_holds_stays_though_the_strategy_changes_it_in_place(own: Load) -> None:
+    algorithm, params = own("in_place").algorithm, {"w": torch.zeros(2)}
+    first = algorithm.init(params)
+    second_params, second = algorithm.apply(first, params, iter(()))
+    shared = algorithm.share(second)
+    third_params, third = algorithm.apply(second, second_params, iter(()))
+
+    def numbers(params: Params, state: State) -> list[float]:
+        return [params["w"][0].item(), state["m"]["w"][0].item(), state["deep"]["rounds"][0]]
+
+    assert numbers(params, first) == [0, 0, 0]
+    assert numbers(second_params, second) == [1, 1, 1]
+    assert numbers(third_params, third) == [3, 2, 2]
+    assert shared["w"][0].item() == -1
+
+
+@pytest.mark.parametrize(
+    ("state", "place"),
+    [
+        ({"m": [torch.ones(1)]}, "state['m'][0] is of type torch.Tensor; a state maps names to tensors, numbers"),
+        ({"deep": {"m": np.float32(1)}}, "state['deep']['m'] is of type numpy.float32"),
+        ({"norms": {3: 0.5}}, "state['norms'] has a name of type int: 3"),
+        ([1.0], "state is of type list"),
+    ],
+)
+def test_a_state_that_no_checkpoint_can_hold_is_refused_at_once(own: Load, state: object, place: str) -> None:
+    with pytest.raises(InputError) as at_init:
+        own("state_of", first=state).algorithm.init({})
+    later = own("state_of", first={}, later=state).algorithm
+    with pytest.raises(RunError) as in_a_round:
+        later.apply(later.init({}), {}, iter(()))
+    for caught, function in ((at_init, "init"), (in_a_round, "apply")):
+        assert f"{function} of own.py:state_of gave what no checkpoint can hold: {place}" in str(caught.value)
 
 
 def example(**options: float) -> FederatedStrategy:

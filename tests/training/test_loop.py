@@ -337,17 +337,27 @@ def test_a_personal_model_goes_its_own_way_and_the_global_update_does_not_notice
     second = both.train(Assignment(2, "a", start, kept=first.kept), examples)
     far, near = (P.l2_norm(P.difference(result.kept["personal"], start)) for result in (second, first))
     assert far > near > 0  # it went on from where it was, though the server's model did not move
-    assert both.personalize(Assignment(2, "a", start, kept=second.kept), examples, 0)
+    both.personalize(Assignment(2, "a", start, kept=second.kept), examples, 0)
     assert all(torch.equal(t, second.kept["personal"][n]) for n, t in P.exchanged(both.model).items())
-    assert not both.personalize(Assignment(2, "b", start), examples, 0)  # a client that never trained
+    both.personalize(Assignment(2, "b", start), examples, 0)  # a client that never trained
     assert all(torch.equal(t, start[n]) for n, t in P.exchanged(both.model).items())
 
 
 def test_fine_tuning_trains_a_copy_of_the_global_model() -> None:
     of = trainer(Squares(perceptron), local_steps=50)
     start, examples = initial(of), draw(8, 3)
-    assert of.personalize(Assignment(3, "a", start), examples, 2)
+    of.personalize(Assignment(3, "a", start), examples, 2)
     tuned = P.snapshot(P.exchanged(of.model))
     assert 0 < P.l2_norm(P.difference(tuned, start)) < 1
-    of.personalize(Assignment(3, "a", start), examples, 2)
+    of.personalize(Assignment(3, "a", start, lr_factor=0.01, work=0.1), examples, 2)  # at the end of a schedule
     assert all(torch.equal(t, tuned[n]) for n, t in P.exchanged(of.model).items())
+
+
+def test_a_personal_model_keeps_its_own_private_part() -> None:
+    training = TrainingSection(local_steps=3, optimizer=SgdSection(lr=0.1))
+    of = Trainer(Squares(perceptron), Recipe(training, None, proximal(0.0), ("2.*",)), SEED, CPU)
+    kept = of.train(Assignment(1, "a", shared_part(of)), draw(8, 3)).kept
+    kept = of.train(Assignment(2, "a", shared_part(of), kept=kept), draw(8, 3)).kept
+    assert not torch.equal(kept["personal"]["2.weight"], kept["private"]["2.weight"])
+    of.personalize(Assignment(2, "a", shared_part(of), kept=kept), draw(8, 3), 0)
+    assert all(torch.equal(t, kept["personal"][n]) for n, t in P.exchanged(of.model).items())
