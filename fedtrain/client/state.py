@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fedtrain.errors import RunError
-from fedtrain.statefile import DamagedStateError, read_state, write_state
+from fedtrain.statefile import DamagedStateError, UnsavableStateError, read_state, write_state
 
 __all__ = ["ClientState"]
 
@@ -64,6 +64,8 @@ class ClientState:
                 # Later ones are of a future that the server has taken back.
                 if old not in reachable and not kept_round < _round_of(old) <= round_number:
                     old.unlink(missing_ok=True)
+        except UnsavableStateError as error:
+            raise RunError(f"what a client was to keep cannot be kept: {error}") from error
         except OSError as error:
             raise RunError(f"the client's state cannot be written ({error.strerror})", got=path.name) from error
 

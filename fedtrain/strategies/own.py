@@ -141,7 +141,7 @@ def _checked(strategy: FederatedStrategy, name: str) -> FederatedStrategy:
         except Exception as exc:  # no RunError: the gate would refuse the update, as if the client were at fault
             raise raised(f"objection of {name}", exc, InputError) from exc
 
-    named = Algorithm(init, apply, share, extra, objection, algorithm.takes_buffers)
+    named = algorithm._replace(init=init, apply=apply, share=share, extra=extra, objection=objection)
     return strategy._replace(algorithm=named)
 
 

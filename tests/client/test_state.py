@@ -67,6 +67,11 @@ def test_a_damaged_state_is_told_rather_than_forgotten(states: ClientState, tmp_
         states.load("a", 2)
 
 
+def test_a_rule_that_keeps_what_cannot_be_kept_is_told(states: ClientState) -> None:
+    with pytest.raises(RunError, match=r"cannot be kept: state\['rule'\]\['seen'\]"):
+        states.save("a", 1, {"rule": {"seen": {1, 2}}}, 0)
+
+
 def test_a_full_disk_is_told(states: ClientState, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

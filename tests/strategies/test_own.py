@@ -49,6 +49,7 @@ def bad_objection(): return algorithm()._replace(objection=lambda update: update
 
 def in_place():
     def init(params):
+        params["w"].sub_(1)
         return {"m": params, "deep": {"rounds": [0]}}
     def apply(state, params, updates):
         state["m"]["w"].add_(1)
@@ -86,8 +87,10 @@ def flwrs(name: str, **options: object) -> object:
 def step(strategy: object, params: Params) -> Params:
     assert isinstance(strategy, FederatedStrategy)
     algorithm = strategy.algorithm
-    new, _ = algorithm.apply(algorithm.init(params), params, iter(()))
-    return new
+    algorithm.extra(params)
+    state = algorithm.init(params)
+    algorithm.share(state)
+    return algorithm.apply(state, params, iter(()))[0]
 
 
 @pytest.mark.parametrize(("name", "options", "factor"), [("double", {"factor": 3.0}, 3), ("finished", {}, 2)])
@@ -180,12 +183,8 @@ def test_what_is_wrong_with_a_strategy_of_flwr(name: str, options: dict, message
     ],
 )
 def test_a_failure_in_a_run_names_the_users_line(own: Load, name: str, message: str) -> None:
-    algorithm, params = own(name).algorithm, {"w": torch.ones(2)}
     with pytest.raises(RunError, match=message):
-        algorithm.extra(params)
-        state = algorithm.init(params)
-        algorithm.share(state)
-        algorithm.apply(state, params, iter(()))
+        step(own(name), {"w": torch.ones(2)})
 
 
 def test_a_failing_objection_is_not_the_clients_fault(own: Load) -> None:
@@ -196,7 +195,7 @@ def test_a_failing_objection_is_not_the_clients_fault(own: Load) -> None:
 
 
 def test_what_a_checkpoint_holds_stays_though_the_strategy_changes_it_in_place(own: Load) -> None:
-    algorithm, params = own("in_place").algorithm, {"w": torch.zeros(2)}
+    algorithm, params = own("in_place").algorithm, {"w": torch.ones(2)}
     first = algorithm.init(params)
     second_params, second = algorithm.apply(first, params, iter(()))
     shared = algorithm.share(second)
@@ -205,9 +204,9 @@ def test_what_a_checkpoint_holds_stays_though_the_strategy_changes_it_in_place(o
     def numbers(params: Params, state: State) -> list[float]:
         return [params["w"][0].item(), state["m"]["w"][0].item(), state["deep"]["rounds"][0]]
 
-    assert numbers(params, first) == [0, 0, 0]
-    assert numbers(second_params, second) == [1, 1, 1]
-    assert numbers(third_params, third) == [3, 2, 2]
+    assert numbers(params, first) == [1, 0, 0]
+    assert numbers(second_params, second) == [2, 1, 1]
+    assert numbers(third_params, third) == [4, 2, 2]
     assert shared["w"][0].item() == -1
 
 

@@ -2,7 +2,7 @@
 import gc
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -393,3 +393,11 @@ def test_flwrs_progress_stays_off_the_console_and_its_warnings_do_not(caplog: py
     bulyan.aggregate(1, PARAMS, updates(1, nodes=[1]))
     assert ["Insufficient replies" in record.getMessage() for record in caplog.records] == [True]
     assert logging.getLogger("flwr").level == level
+
+
+def test_a_flwr_strategy_that_asks_a_part_of_those_drawn_has_its_quorum_of_these(
+    tiny: Path, simulated: Callable[..., tuple[Path, list[str]]]
+) -> None:
+    of = 'strategy={name="flwr.serverapp.strategy:FedAvg", options={fraction_train=0.34}}'
+    folder, _ = simulated(tiny, "part", of, "clients.per_round=6", "clients.quorum=1.0")
+    assert [len(record.participants) for record in RunFolder(folder).read_rounds()] == [0, 2, 2, 2, 2]
