@@ -276,8 +276,8 @@ class Experiment(Section):
             raise ValueError(f"clients.per_round = {asked} asks for more than the data.clients = {there} there are")
         if self.personalization.private and self.evaluation.target_metric:
             raise ValueError(
-                "evaluation.target_metric is of the central test set, for which personalization.private leaves the server "
-                "no whole model"
+                "evaluation.target_metric is of the central test set, for which personalization.private leaves the "
+                "server no whole model"
             )
         self._check_strategy()
         return self

@@ -31,9 +31,10 @@ class Algorithm(NamedTuple):
     apply: Callable[[State, Params, Iterable[Update]], tuple[Params, State]]
     """(state, parameters, updates) -> (next parameters, next state). Called once per round.
 
-    Updates come in client order; if asynchronous, in order of arrival on the virtual clock. The iterable is read once, and all of it. Where the mathematics allows it, updates are added up as they pass, so
-    that memory does not grow with their number. No update leaves the parameters and the state as they are. Fewer
-    updates than the mathematics needs raise RunError."""
+    Updates come in client order; if asynchronous, in order of arrival on the virtual clock. The iterable is read once,
+    and all of it. Where the mathematics allows it, updates are added up as they pass, so that memory does not grow with
+    their number. No update leaves the parameters and the state as they are. Fewer updates than the mathematics needs
+    raise RunError."""
     share: Callable[[State], Params] = _nothing
     """(state) -> tensors that clients are sent beside the parameters, such as SCAFFOLD's control variate."""
     extra: Callable[[Params], Params] = _nothing

@@ -1,0 +1,1 @@
+"""Differential privacy: where its randomness comes from, what it costs, and who keeps the account."""
