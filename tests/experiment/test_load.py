@@ -98,8 +98,8 @@ def reconcile(document: dict[str, Any]) -> dict[str, Any]:
         case "krum" | "multi-krum" | "bulyan":
             strategy["byzantine"] = 0
             strategy.pop("keep", None)
-            clients.pop("per_round", None)
-            if data.get("clients", 7) < 3:
+            clients["per_round"] = data.get("clients", 5)
+            if clients["per_round"] < 3:
                 strategy.clear()
         case "ditto":
             document.pop("personalization", None)
