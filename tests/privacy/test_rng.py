@@ -2,8 +2,11 @@ import copy
 import math
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,23 +105,30 @@ def test_a_seed_repeats_everything_and_says_so() -> None:
     assert uncorrelated(first, other.gaussian((N,), 1.0))
 
 
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_a_forked_child_draws_from_a_key_of_its_own() -> None:
-    source = NoiseSource()
-    source.gaussian((3,), 1.0)  # leaves a block half used, which the child inherits
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:  # no test runner in the child, whatever happens
-        try:
-            os.write(write, pickle.dumps((source.gaussian((8,), 1.0).tolist(), source.poisson_mask(64, 0.5).tolist())))
-        finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        noise, mask = pickle.loads(pipe.read())
+FORK = """
+import os, pickle, sys
+from fedtrain.privacy.rng import NoiseSource
+
+source = NoiseSource()
+source.gaussian((3,), 1.0)  # leaves a block half used, which the child inherits
+child = os.fork()
+drawn = source.gaussian((1000,), 1.0).tolist(), source.poisson_mask(64, 0.5).tolist()
+with open(sys.argv[1 if child else 2], "wb") as file:
+    pickle.dump(drawn, file)
+if child:
     os.waitpid(child, 0)
-    assert not set(noise) & set(source.gaussian((1000,), 1.0).tolist())
-    assert mask != source.poisson_mask(64, 0.5).tolist()
+"""
+
+
+def test_a_forked_child_draws_from_a_key_of_its_own(tmp_path: Path) -> None:
+    # In a process with one thread: whoever forks beside torch's pool of threads may wait for ever in the child.
+    files = [tmp_path / "parent", tmp_path / "child"]
+    subprocess.run(
+        [sys.executable, "-c", FORK, *map(str, files)], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True
+    )
+    (noise, mask), (other_noise, other_mask) = (pickle.loads(file.read_bytes()) for file in files)
+    assert not set(noise) & set(other_noise)
+    assert mask != other_mask
 
 
 @pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, pickle.dumps])
