@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from fedtrain.errors import shorten
+from fedtrain.experiment.sections import Experiment
+from fedtrain.experiment.strategies import OwnStrategy
 from fedtrain.records import DataSummary
 from fedtrain.report.view import Facts, RunView
 
@@ -83,7 +85,7 @@ def _what(run: RunView, facts: Facts) -> str:
     each = f", {asked:,} clients a round" if asked else ""
     return (
         f"Trained {shorten(experiment.task.name)} ({_count(run.manifest.parameters, 'parameter')}) on "
-        f"{shorten(source)}{spread}: {_count(facts.rounds_done, 'round')} of {experiment.strategy.name}{each}."
+        f"{shorten(source)}{spread}: {_count(facts.rounds_done, 'round')} of {_strategy(experiment)}{each}."
     )
 
 
@@ -200,3 +202,8 @@ def _named(names: Sequence[str]) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _strategy(experiment: Experiment) -> str:
+    strategy = experiment.strategy
+    return shorten(strategy.path) if isinstance(strategy, OwnStrategy) else strategy.name

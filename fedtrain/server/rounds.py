@@ -52,6 +52,7 @@ class _Round:
 
     number: int
     names: dict[int, str]  # node id -> client, in client order
+    late: int = 0
     participants: list[str] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)
     set_aside: list[str] = field(default_factory=list)
@@ -132,7 +133,7 @@ class Server:
         turn = self.cohort.turn(round_number)
         nodes = self._nodes(turn.ask)
         asked = list(self.strategy.configure(round_number, params, list(nodes)))
-        seen = _Round(round_number, {node: self.client_name(node) for node in asked})
+        seen = _Round(round_number, {node: self.client_name(node) for node in asked}, late=len(turn.late))
         work = {node: turn.work[client] for node, client in nodes.items() if client in turn.work}
         late = self._nodes(turn.late)
         messages = self._instructions(MessageType.TRAIN, params, seen, [*asked, *late], work)[: len(asked)]
@@ -241,12 +242,13 @@ class Server:
     def _check_quorum(self, wanted: int, seen: _Round) -> None:
         used = len(seen.participants)
         if used < wanted * self.experiment.clients.quorum - 1e-9:
-            client, reason = next(iter(seen.quarantined.items()), ("every client", "no answer in time"))
+            late = f"{seen.late} came late: see clients.deadline, over_selection and late"
+            first = (f"{shorten(client)}: {reason}" for client, reason in seen.quarantined.items())
             raise RunError(
                 f"round {seen.number} has too few valid updates",
                 got=f"{used} of {wanted} clients",
                 expected=f"at least clients.quorum = {self.experiment.clients.quorum} of them",
-                hint=f"{shorten(client)}: {reason}",
+                hint=next(first, late if seen.late else None),
             )
         if not used:
             what = "no valid update came in time" if wanted else "no client was drawn"

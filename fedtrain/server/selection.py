@@ -119,6 +119,12 @@ def eligible(section: ClientsSection, base: Path, client_ids: Sequence[str]) -> 
         return all(_same(has.get(tag, ""), value) for tag, value in section.where.items())
 
     fits = np.fromiter((fit(tags.get(name, {})) for name in client_ids), bool, len(client_ids))
+    if unknown := sorted(tags.keys() - set(client_ids)):
+        raise InputError(
+            "the file of clients.tags names clients that there are not",
+            got=", ".join(unknown[:3]),
+            hint=nearest(unknown[0], client_ids, otherwise=f"There is: {client_ids[0]}, ..."),
+        )
     if not fits.any():
         raise InputError(
             "no client has the tags of clients.where",

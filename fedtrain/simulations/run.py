@@ -157,6 +157,9 @@ class _Simulation:
             manifest = new_manifest(self.experiment, now)
         self.folder.write_manifest(manifest)
         self._warn_if_nothing_is_held_out()
+        if self.experiment.clients.where:
+            fit = int(np.count_nonzero(self.sizes))
+            self.observer.notice(f"clients.where leaves {fit} of {len(self.sizes)} clients to be asked")
 
     def _warn_if_nothing_is_held_out(self) -> None:
         private = bool(self.experiment.personalization.private)  # then there is no central evaluation

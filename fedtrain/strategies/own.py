@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fedtrain.wire import Update
 
 __all__ = ["load_own"]
 
-_GUIDE = "docs/strategies.md has a complete example"
+_GUIDE = "docs/strategies.md shows how"
 _KINDS = "a FederatedStrategy or an Algorithm of fedtrain, or a Strategy of flwr.serverapp"
 # flwr's own default is 2 of each, and it waits without end where there are fewer.
 _LEAST_NODES = {"min_train_nodes": 1, "min_evaluate_nodes": 0, "min_available_nodes": 1}
@@ -122,7 +122,10 @@ def _checked(strategy: FederatedStrategy, name: str) -> FederatedStrategy:
     def apply(state: State, params: Params, updates: Iterable[Update]) -> tuple[Params, State]:
         with naming_failures(f"apply of {name}"):
             # Copies, here and of the result: what is changed in place would change in the last checkpoint too.
-            new, next_state = algorithm.apply(copy_state(state), snapshot(params), updates)
+            result = algorithm.apply(copy_state(state), snapshot(params), _Once(updates, name))
+            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Mapping)):
+                raise RunError(f"apply of {name} must return the next parameters and the next state", hint=_GUIDE)
+            new, next_state = result
             return fitted(new, params, name), _kept(next_state, f"apply of {name}", RunError)
 
     def share(state: State) -> Params:
@@ -143,6 +146,26 @@ def _checked(strategy: FederatedStrategy, name: str) -> FederatedStrategy:
 
     named = algorithm._replace(init=init, apply=apply, share=share, extra=extra, objection=objection)
     return strategy._replace(algorithm=named)
+
+
+class _Once:
+    """Updates that stream by: who reads them a second time would find none, and take the round for an empty one."""
+
+    def __init__(self, updates: Iterable[Update], name: str) -> None:
+        self._updates, self._name, self._read = iter(updates), name, False
+
+    def __iter__(self) -> Iterator[Update]:
+        if self._read:
+            raise RunError(
+                f"apply of {self._name} reads the updates twice, and they stream by once",
+                hint="Add up in one loop, as RunningMean does, or keep them: updates = list(updates)",
+            )
+        self._read = True
+        return self._updates
+
+    def __next__(self) -> Update:
+        self._read = True
+        return next(self._updates)
 
 
 def _kept(state: State, what: str, error: type[FedtrainError]) -> State:

@@ -177,8 +177,9 @@ def fitted(result: Params, params: Params, name: str) -> dict[str, Tensor]:
         RunError: other names or shapes, or a value that is not finite.
     """
     if result.keys() != params.keys():
-        odd = sorted(result.keys() ^ params.keys())
-        raise RunError(f"{name} made a model with other tensors", got=", ".join(odd), expected="the model's names")
+        lacks, more = (sorted(a - b) for a, b in ((params.keys(), result.keys()), (result.keys(), params.keys())))
+        what = f"without {', '.join(lacks) or 'none'}; with {', '.join(more) or 'none'}"
+        raise RunError(f"{name} made a model with other tensors", got=what, expected="the model's names")
     new: dict[str, Tensor] = {}
     for key, t in params.items():
         if result[key].shape != t.shape:

@@ -100,6 +100,7 @@ def test_clients_are_asked_by_tag(tmp_path: Path) -> None:
         ({"site": "west"}, TAGS, "no client has the tags.*site = west"),
         ({"gpu": True}, "name,gpu\na,true\n", "has no column 'client'"),
         ({"gpu": True}, "", "has no column 'client'"),
+        ({"gpu": True}, TAGS + "aa,true,north\n", "names clients that there are not: got aa"),
     ],
 )
 def test_a_wrong_tag_is_told(tmp_path: Path, where: dict[str, object], content: str, told: str) -> None:

@@ -257,3 +257,35 @@ def test_the_examples_rule_by_hand() -> None:
     assert torch.cat(list(long)).tolist() == pytest.approx([0.6, 0.8])
     short = rule.correct_gradient(begun, [], [torch.tensor([0.3]), torch.tensor([0.4])])
     assert torch.cat(list(short)).tolist() == pytest.approx([0.3, 0.4])
+
+
+TWICE = """
+def build():
+    def apply(state, params, updates):
+        count = sum(1 for _ in updates)
+        return {n: t + sum(u.delta[n] for u in updates) / count for n, t in params.items()}, state
+    return Algorithm(lambda params: {}, apply)
+
+def half():
+    def apply(state, params, updates):
+        list(updates)
+        return params
+    return Algorithm(lambda params: {}, apply)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        ("build", "reads the updates twice, and they stream by once"),
+        ("half", "must return the next parameters and the"),
+    ],
+)
+def test_what_would_silently_learn_nothing_is_told(tmp_path: Path, function: str, told: str) -> None:
+    (tmp_path / "own.py").write_text("from fedtrain.strategies.base import Algorithm\n" + TWICE)
+    strategy = load_own(OwnStrategy(name="own", path=f"own.py:{function}"), tmp_path)
+    assert isinstance(strategy, FederatedStrategy)
+    params = {"w": torch.zeros(2)}
+    updates = [Update("a", 1, {"w": torch.ones(2)}, 3, {"loss": 1.0})]
+    with pytest.raises(RunError, match=told):
+        strategy.algorithm.apply({}, params, iter(updates))

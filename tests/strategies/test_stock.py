@@ -297,8 +297,8 @@ def test_the_result_gets_the_models_dtype() -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"v": [1.0, 2.0]}, "Says made a model with other tensors: got v, w"),
-        ({"w": [1.0, 2.0], "v": [1.0]}, "Says made a model with other tensors: got v"),
+        ({"v": [1.0, 2.0]}, "Says made a model with other tensors: got without w; with v"),
+        ({"w": [1.0, 2.0], "v": [1.0]}, "Says made a model with other tensors: got without none; with v"),
         ({"w": [[1.0, 2.0]]}, r"Says changed the shape of w: got \(1, 2\); expected \(2,\)"),
         ({"w": [1.0, np.nan]}, "Says made NaN or infinite values in w"),
         ({"w": [1.0, 1e300]}, "Says made NaN or infinite values in w"),  # infinite in float32
