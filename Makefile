@@ -33,7 +33,7 @@ bench: $(STAMP)  ## fedtrain against its rivals; prints ratios. Minutes.
 	$(PY) benchmarks/aggregate.py
 	$(PY) benchmarks/gate.py
 
-paper: $(STAMP)  ## Published results beside measured ones. Needs FEDTRAIN_DATA; about half an hour.
+paper: $(STAMP)  ## Published results beside measured ones. Needs FEDTRAIN_DATA; about an hour.
 	$(PY) benchmarks/paper.py
 
 clean:
