@@ -17,7 +17,7 @@ from fedtrain.wire import Measurement, Update
 
 __all__ = ["Gate", "measurement_objection"]
 
-_WINDOW, _ENOUGH = 100, 5  # accepted updates that a median is taken over, at most and at least
+_WINDOW, _ENOUGH = 100, 5  # accepted updates that a median or mean is taken over, at most and at least
 _MOST_GROWTH = 100.0  # times the model's scale: an update that is larger is no training, whatever the others send
 _LEAST_STEP = 1e-6  # control variates are deltas divided by learning rate times steps
 _MOST_EXAMPLES, _MOST_METRICS, _MOST_NAME = 10**9, 100, 100  # of a measurement
