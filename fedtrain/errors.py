@@ -8,6 +8,7 @@ FedtrainError                 anything fedtrain can name; exit code 1
 │   ├── MissingExtraError     an optional dependency is not installed
 │   └── RunFolderError        a run's folder is missing, locked or belongs to another experiment
 ├── RunError                  the run itself cannot go on (quorum, every client failed, disk full)
+├── ClientEndedError          a client takes no further part; it does not say why
 ├── PrivacyError              a privacy promise would be broken; nothing was released
 │   ├── BudgetError           the round would overspend: this client has ended for these data
 │   ├── LedgerError           the privacy ledger is damaged, changed, missing or held by another process
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "BudgetError",
+    "ClientEndedError",
     "DataError",
     "ExperimentError",
     "Fault",
@@ -131,6 +133,10 @@ class RunFolderError(InputError):
 
 class RunError(FedtrainError):
     """The run cannot go on; what was finished is kept."""
+
+
+class ClientEndedError(FedtrainError):
+    """A client takes no further part; it does not say why."""
 
 
 class PrivacyError(FedtrainError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["PERSONAL", "DataSummary", "Heterogeneity", "Manifest", "RoundRecord"]
+__all__ = ["PERSONAL", "DataSummary", "Heterogeneity", "Manifest", "PrivacySummary", "RoundRecord"]
 
 PERSONAL = "personal_"
 """Prefix of a metric that was measured on the client's own model rather than the global one."""
@@ -29,12 +31,14 @@ class RoundRecord(_Record):
     """Client -> why its update was not used."""
     set_aside: list[str] = Field(default_factory=list)
     """Clients that this round's quarantine was one too many for: they are asked no more in this run."""
+    ended: list[str] = Field(default_factory=list)
+    """Clients that were asked and take no further part: their budget or policy does not allow it."""
     late: list[str] = Field(default_factory=list)
     """Clients that were asked, but not waited for."""
     num_examples: int = 0
-    """Training examples behind the updates used."""
+    """Training examples behind the updates used; 0 under privacy, which does not tell."""
     train: dict[str, float] = Field(default_factory=dict)
-    """Mean loss over the participants' training examples, while the model changed."""
+    """Mean loss over the participants' training examples, while the model changed; empty under privacy."""
     central: dict[str, float] = Field(default_factory=dict)
     """Loss and metrics on the central test set; empty if not evaluated in this round."""
     clients: dict[str, float] = Field(default_factory=dict)
@@ -49,6 +53,9 @@ class RoundRecord(_Record):
     """L2 norm of the change of the global model."""
     lr_factor: float = 1.0
     """Factor of the learning-rate schedule in this round."""
+    epsilon: float | None = None
+    """Upper bound of epsilon spent up to and with this round, replays after a crash included; the largest over clients
+    where each example is protected. None without privacy."""
     staleness: float = 0.0
     """Mean over the updates used of the rounds since the model they are based on; 0 but for asynchronous strategies."""
     virtual_seconds: float = 0.0
@@ -98,6 +105,34 @@ class DataSummary(_Record):
     """(shown clients,) examples."""
     heterogeneity: Heterogeneity | None
     """None where targets are tokens."""
+
+
+class PrivacySummary(_Record):
+    """What a private run promises, as it was planned; `privacy.json` in a run's folder."""
+
+    unit: Literal["sample", "client"]
+    relation: str
+    """Which data sets are neighbours."""
+    delta: float
+    accountant: Literal["prv", "rdp", "pld"]
+    """Who proved the planned epsilon."""
+    sampling: Literal["Poisson", "none"]
+    planned_epsilon: float
+    """At the end, if every round takes place."""
+    noise_multiplier: tuple[float, float]
+    """Least and most over clients."""
+    sample_rate: tuple[float, float]
+    """Least and most over clients."""
+    steps: tuple[int, int]
+    """Steps of one participation, least and most over clients; 1 where clients are protected."""
+    participations: int
+    """Rounds that the budget is calibrated for: of one client, or of the run."""
+    clipping: str
+    """What is clipped to which norm, in words."""
+    seeded: bool
+    """Whether the noise follows from a seed: NOT PRIVATE."""
+    ledgers: str
+    """Folder of the ledgers, "ledgers" for the run's own; empty where noise is seeded and nothing is protected."""
 
 
 class Manifest(_Record):

@@ -6,6 +6,9 @@ RUN/data.json            how the data lies on the clients
 RUN/preparation.json     what is done to inputs before the model sees them
 RUN/rounds.jsonl         one typed record per round
 RUN/checkpoints/         the last two, each whole in one file
+RUN/privacy.json         what a private run promises
+RUN/asked.jsonl          how often each client was asked, where it adds its own noise
+RUN/ledgers/             what was spent on whose privacy
 RUN/clients/             what clients keep between rounds, where the strategy has them keep something
 RUN/model.safetensors    the final model's full state dict
 RUN/report.html
@@ -30,7 +33,7 @@ from torch import Tensor
 from fedtrain.disk import atomic_write
 from fedtrain.errors import RunError, RunFolderError
 from fedtrain.params import Params
-from fedtrain.records import DataSummary, Manifest, RoundRecord
+from fedtrain.records import DataSummary, Manifest, PrivacySummary, RoundRecord
 from fedtrain.statefile import DamagedStateError, read_state, write_state
 
 __all__ = ["Checkpoint", "RunFolder"]
@@ -72,6 +75,9 @@ class RunFolder:
         self.rounds = path / "rounds.jsonl"
         self.checkpoints = path / "checkpoints"
         self.clients = path / "clients"
+        self.privacy = path / "privacy.json"
+        self.asked = path / "asked.jsonl"
+        self.ledgers = path / "ledgers"
         self.model = path / "model.safetensors"
         self.report = path / "report.html"
 
@@ -125,7 +131,7 @@ class RunFolder:
         names = {entry.name for entry in self.path.iterdir()}
         names -= {name for name in names if name.startswith(".") and name.endswith(".tmp")}
         ours = {".lock", self.checkpoints.name, self.experiment.name, self.data.name, self.preparation.name}
-        ours.add(self.clients.name)
+        ours |= {self.clients.name, self.privacy.name, self.ledgers.name}
         return bool(names) and not {".lock"} <= names <= ours
 
     def write_manifest(self, manifest: Manifest) -> None:
@@ -139,6 +145,14 @@ class RunFolder:
             RunFolderError: it is damaged.
         """
         return _parse(self.manifest, Manifest)
+
+    def write_privacy(self, summary: PrivacySummary) -> None:
+        """Replace the promise of privacy."""
+        self._write_text(self.privacy, summary.model_dump_json(indent=2) + "\n")
+
+    def read_privacy(self) -> PrivacySummary | None:
+        """Read the promise of privacy; None where the run makes none."""
+        return _parse(self.privacy, PrivacySummary) if self.privacy.exists() else None
 
     def write_data(self, summary: DataSummary) -> None:
         """Replace the summary of the data."""

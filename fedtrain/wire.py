@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedtrain import flower
-from fedtrain.errors import RunError, shorten
+from fedtrain.errors import ClientEndedError, RunError, shorten
 from fedtrain.params import Params
 
 __all__ = [
     "Instruction",
     "Measurement",
     "Update",
+    "ended_content",
     "in_order",
     "instruction",
     "instruction_content",
@@ -30,6 +32,7 @@ __all__ = [
 _ARRAYS, _CONFIG, _METRICS = "arrays", "config", "metrics"
 _ROUND, _CLIENT, _EXAMPLES = "server-round", "client-id", "num-examples"
 _SHARED, _EXTRA, _WORK, _KEPT_ROUND = "shared", "extra", "work", "kept-round"
+_ENDED, _RECEIPT = "ended", "receipt"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Instruction:
     shared: Params = field(default_factory=dict)  # what the strategy sends beside: `Algorithm.share`
     work: float = 1.0  # share of its local steps that the client has time for
     kept_round: int = 0  # the server will not go back before this round
+    receipt: str = ""  # the last that this client sent, for its ledger to be held against
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,10 @@ class Update:
     client_id: str
     round_number: int
     delta: Params  # client minus server
-    num_examples: int
-    metrics: Mapping[str, float] = field(default_factory=dict)  # "loss": mean while training
+    num_examples: int  # 1 under privacy, which does not tell
+    metrics: Mapping[str, float] = field(default_factory=dict)  # "loss": mean while training; none under privacy
     extra: Params = field(default_factory=dict)  # what the strategy needs beside: `Algorithm.extra`
+    receipt: str = ""  # head of the client's privacy ledger: a SHA-256 in hex, which tells nothing of its entries
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,23 @@ def instruction(message: Message) -> Instruction:
         shared=flower.tensors(shared) if shared is not None else {},
         work=_fraction(config, _WORK) if _WORK in config else 1.0,  # flwr's own servers do not know these two
         kept_round=_integer(config, _KEPT_ROUND) if _KEPT_ROUND in config else 0,
+        receipt=_receipt(config),
     )
 
 
 def instruction_content(
-    arrays: ArrayRecord, round_number: int, shared: ArrayRecord | None = None, work: float = 1.0, kept_round: int = 0
+    arrays: ArrayRecord,
+    round_number: int,
+    shared: ArrayRecord | None = None,
+    *,
+    work: float = 1.0,
+    kept_round: int = 0,
+    receipt: str = "",
 ) -> RecordDict:
     """Write an instruction; each message gets a RecordDict of its own around the shared arrays."""
     config = ConfigRecord({_ROUND: round_number, _WORK: work, _KEPT_ROUND: kept_round})
+    if receipt:
+        config[_RECEIPT] = receipt
     content = RecordDict({_ARRAYS: arrays, _CONFIG: config})
     if shared:
         content[_SHARED] = shared
@@ -98,18 +112,29 @@ def update_content(value: Update) -> RecordDict:
             _CONFIG: ConfigRecord({_CLIENT: value.client_id, _ROUND: value.round_number}),
         }
     )
+    if value.receipt:
+        content.config_records[_CONFIG][_RECEIPT] = value.receipt
     if value.extra:
         content[_EXTRA] = flower.array_record(value.extra)
     return content
+
+
+def ended_content(client_id: str) -> RecordDict:
+    """Write that a client takes no further part: all that a server learns of a budget or a policy."""
+    return RecordDict({_CONFIG: ConfigRecord({_CLIENT: client_id, _ENDED: True})})
 
 
 def update(content: RecordDict) -> Update:
     """Read a client's update.
 
     Raises:
+        ClientEndedError: the client says that it takes no further part.
         RunError: a record is missing or of the wrong kind; the values are checked by the gate.
     """
-    config, metrics = _config(content), _metrics(content)
+    config = _config(content)
+    if config.get(_ENDED) is True:
+        raise ClientEndedError("the client has ended: it takes no further part in this run")
+    metrics = _metrics(content)
     if _ARRAYS not in content.array_records:
         raise RunError("the update carries no arrays", got=sorted(content))
     return Update(
@@ -119,6 +144,7 @@ def update(content: RecordDict) -> Update:
         num_examples=_integer(metrics, _EXAMPLES),
         metrics=_numbers(metrics),
         extra=flower.tensors(content.array_records[_EXTRA]) if _EXTRA in content.array_records else {},
+        receipt=_receipt(config),
     )
 
 
@@ -203,6 +229,13 @@ def _fraction(record: ConfigRecord, key: str) -> float:
     value = record.get(key)
     if not isinstance(value, float) or not 0 < value <= 1:
         raise RunError(f"{key!r} is wrong", got=value, expected="a number greater than 0 and at most 1")
+    return value
+
+
+def _receipt(record: ConfigRecord) -> str:
+    value = record.get(_RECEIPT, "")
+    if not isinstance(value, str) or not re.fullmatch(r"([0-9a-f]{64})?", value):
+        raise RunError(f"{_RECEIPT!r} is wrong", got=value, expected="a SHA-256 in hex, or nothing")
     return value
 
 

@@ -13,6 +13,7 @@ import typer
 import typer.core
 
 from fedtrain import __version__
+from fedtrain.cli.privacy import app as privacy_app
 from fedtrain.cli.terminal import say
 from fedtrain.errors import FedtrainError, InputError, InterruptedRunError, MissingExtraError, RunError
 
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 _data = typer.Typer(help="Fetch data sets; describe how they lie on the clients.", no_args_is_help=True)
 app.add_typer(_data, name="data", rich_help_panel=None)
+app.add_typer(privacy_app, name="privacy", rich_help_panel=None)
 
 ExperimentFile = Annotated[Path, typer.Argument(help="The experiment file (TOML).", show_default=False)]
 Overrides = Annotated[
@@ -189,6 +191,38 @@ def simulate(
 
 
 @app.command()
+def plan(
+    experiment_file: ExperimentFile,
+    overrides: Overrides = None,
+    data_root: DataRoot = None,
+    pld: Annotated[bool, typer.Option("--pld", help="Also ask the PLD accountant, as a second opinion.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what an experiment will cost before it runs. How much privacy, and whether its noise leaves a signal."""
+    from fedtrain.cli.plan import plan
+    from fedtrain.experiment import load
+
+    experiment = load(experiment_file, overrides or ())
+    plan(experiment, *_folders(experiment_file, experiment, data_root), pld=pld, as_json=as_json)
+
+
+@app.command()
+def audit(
+    experiment_file: ExperimentFile,
+    overrides: Overrides = None,
+    data_root: DataRoot = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The checks of a few seconds alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Try to refute an experiment's privacy by statistics. On the real training step, or the server's aggregate."""
+    from fedtrain.cli.audit import audit
+    from fedtrain.experiment import load
+
+    experiment = load(experiment_file, overrides or ())
+    audit(experiment, *_folders(experiment_file, experiment, data_root), quick=quick, as_json=as_json)
+
+
+@app.command()
 def report(run: RunArgument) -> None:
     """Write a run's report anew and print its path."""
     from fedtrain.rundir import RunFolder
@@ -306,6 +340,7 @@ def _view(folder: RunFolder) -> RunView:
         manifest=folder.read_manifest(),
         records=folder.read_rounds(),
         data=folder.read_data(),
+        privacy=folder.read_privacy(),
     )
 
 

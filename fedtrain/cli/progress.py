@@ -20,13 +20,15 @@ from rich.progress import (
 )
 
 from fedtrain.experiment.sections import Experiment
-from fedtrain.report.text import show_bytes
+from fedtrain.report.text import show_bytes, show_epsilon
 from fedtrain.report.view import measured
 
 if TYPE_CHECKING:
     from fedtrain.records import RoundRecord
 
 __all__ = ["RunObserver", "downloads", "make_observer"]
+
+_WIDE = 120  # columns in which the live line has room for epsilon; the plain lines above it tell it anyway
 
 
 class RunObserver:
@@ -100,20 +102,20 @@ class _JsonLines(RunObserver):
 
 class _PlainLines(RunObserver):
     def __init__(self, experiment: Experiment) -> None:
-        self._rounds = experiment.rounds
+        self._experiment = experiment
 
     def opening(self, folder: Path) -> None:
         print(f"run {folder}", flush=True)
 
     def round_finished(self, record: RoundRecord) -> None:
-        print(_line(record, self._rounds), flush=True)
+        print(_line(record, self._experiment), flush=True)
 
 
 class _Live(RunObserver):
     """One line that lives at the bottom, and a plain line above it for about every twentieth of the run."""
 
     def __init__(self, experiment: Experiment) -> None:
-        self._rounds = experiment.rounds
+        self._experiment, self._rounds = experiment, experiment.rounds
         self._every = max(1, experiment.rounds // 20)
         self._asked = self._answered = 0
         self._console = Console(highlight=False)
@@ -153,9 +155,10 @@ class _Live(RunObserver):
         number = record.round_number
         self._progress.update(self._task, completed=number)
         if score := _score(record.central or measured(record, "clients") or record.train):
-            self._progress.update(self._task, score=score)
+            spent = _epsilon(record, self._experiment) if self._console.width >= _WIDE else []
+            self._progress.update(self._task, score="  ".join([score, *spent]))
         if number % self._every == 0 or number == self._rounds:
-            self._console.print(_brief(record, self._rounds), markup=False, no_wrap=True, overflow="ellipsis")
+            self._console.print(_brief(record, self._experiment), markup=False, no_wrap=True, overflow="ellipsis")
 
     def notice(self, text: str) -> None:
         self._console.print(f"note: {text}", markup=False)
@@ -167,13 +170,14 @@ class _Live(RunObserver):
         )
 
 
-def _line(record: RoundRecord, rounds: int) -> str:
+def _line(record: RoundRecord, experiment: Experiment) -> str:
     """Everything that was measured."""
-    parts = [_number(record, rounds)]
+    parts = [_number(record, experiment.rounds)]
     parts += [f"train loss {record.train['loss']:.4f}"] if "loss" in record.train else []
     parts += [f"test {name} {value:.4f}" for name, value in record.central.items()]
     parts += [f"clients' {name} {value:.4f}" for name, value in measured(record, "clients").items()]
     parts += [f"personal {name} {value:.4f}" for name, value in measured(record, "personal").items()]
+    parts += _epsilon(record, experiment)
     if record.round_number:
         used = len(record.participants)
         parts.append("1 client" if used == 1 else f"{used} clients")
@@ -185,13 +189,20 @@ def _line(record: RoundRecord, rounds: int) -> str:
     return "  ".join(parts)
 
 
-def _brief(record: RoundRecord, rounds: int) -> str:
+def _brief(record: RoundRecord, experiment: Experiment) -> str:
     """What fits into 80 columns."""
     clients, personal = measured(record, "clients"), measured(record, "personal")
     scores = [f"{whose} {_score(of)}" for whose, of in (("test", record.central), ("clients'", clients)) if of]
     scores += [f"personal {_score(personal).rpartition(' ')[2]}"] if personal else []  # what is measured was just named
     loss = [f"loss {record.train['loss']:.4f}"] if "loss" in record.train and not personal else []
-    return "  ".join([_number(record, rounds), *loss, *scores])
+    return "  ".join([_number(record, experiment.rounds), *loss, *scores, *_epsilon(record, experiment)])
+
+
+def _epsilon(record: RoundRecord, experiment: Experiment) -> list[str]:
+    if record.epsilon is None:
+        return []
+    seeded = experiment.privacy is not None and experiment.privacy.noise_seed is not None
+    return [f"epsilon {show_epsilon(record.epsilon)}{' NOT PRIVATE' if seeded else ''}"]
 
 
 def _number(record: RoundRecord, rounds: int) -> str:

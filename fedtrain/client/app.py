@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,8 +10,11 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtrain import wire
+from fedtrain.client.budget import Budget
 from fedtrain.client.state import ClientState
 from fedtrain.data.base import FederatedData
+from fedtrain.errors import BudgetError, PolicyError, PrivacyError
+from fedtrain.experiment.privacy import SamplePrivacy
 from fedtrain.experiment.sections import Experiment
 from fedtrain.records import PERSONAL
 from fedtrain.strategies.base import FederatedStrategy
@@ -35,11 +38,13 @@ class Site:
         base: the experiment file's folder, for a strategy of the user's own.
         states: where clients keep what lasts longer than a round.
         device: where to train.
+        budget: of the clients, where each of their examples is protected.
     """
 
     base: Path
     states: ClientState
     device: torch.device
+    budget: Budget | None = None
 
 
 def make_client_app(experiment: Experiment, task: Task, data: FederatedData, site: Site) -> ClientApp:
@@ -55,9 +60,10 @@ def make_client_app(experiment: Experiment, task: Task, data: FederatedData, sit
     states, section = site.states, experiment.personalization
     strategy = make_strategy(experiment, len(data.client_ids()), site.base)
     private = tuple(section.private)
-    recipe = Recipe(experiment.training, private=private)  # a flwr Strategy has no client half
+    privacy = experiment.privacy if isinstance(experiment.privacy, SamplePrivacy) else None
+    recipe = Recipe(experiment.training, private=private, privacy=privacy)  # a flwr Strategy has no client half
     if isinstance(strategy, FederatedStrategy):
-        recipe = Recipe(experiment.training, strategy.local_rule, strategy.personal_rule, private)
+        recipe = replace(recipe, rule=strategy.local_rule, personal_rule=strategy.personal_rule)
     trainer = Trainer(task, recipe, experiment.seed, site.device)
 
     def assignment(instruction: wire.Instruction, client_id: str, before: int) -> Assignment:
@@ -75,13 +81,27 @@ def make_client_app(experiment: Experiment, task: Task, data: FederatedData, sit
     def train(message: Message, context: Context) -> Message:
         instruction = wire.instruction(message)
         client_id, number = str(context.node_config[CLIENT_ID]), instruction.round_number
-        result = trainer.train(assignment(instruction, client_id, number), data.client(client_id).train)
+        examples, wanted = data.client(client_id).train, assignment(instruction, client_id, number)
+        receipt = ""
+        if site.budget is None:
+            result = trainer.train(wanted, examples)
+        else:
+            try:
+                with site.budget.reserved(client_id, instruction, len(examples)) as reserved:
+                    result = trainer.train(replace(wanted, charge=reserved.charge), examples)
+                    receipt = reserved.commit(result.delta, result.extra)
+            except (BudgetError, PolicyError):
+                return Message(wire.ended_content(client_id), reply_to=message)
         states.save(client_id, number, result.kept, instruction.kept_round)
-        update = wire.Update(client_id, number, result.delta, result.num_examples, {"loss": result.loss}, result.extra)
+        # How many examples there are, and their loss, has no noise.
+        told = (1, {}) if experiment.privacy else (result.num_examples, {"loss": result.loss})
+        update = wire.Update(client_id, number, result.delta, *told, result.extra, receipt)
         return Message(wire.update_content(update), reply_to=message)
 
     @app.evaluate()
     def measure(message: Message, context: Context) -> Message:
+        if experiment.privacy:
+            raise PrivacyError("privacy lets no measurement on a client's examples out")
         instruction = wire.instruction(message)
         client_id, number = str(context.node_config[CLIENT_ID]), instruction.round_number
         own = data.client(client_id)

@@ -116,5 +116,5 @@ class FederatedData(Protocol):
     def central_test(self) -> Examples:
         """The central test set; may be empty."""
 
-    def fingerprint(self) -> str:
-        """SHA-256 over all rows and the partition, in hex."""
+    def fingerprint(self, client_id: str | None = None) -> str:
+        """SHA-256 in hex over all rows as they were read and the partition, or over one client's rows alone."""

@@ -114,10 +114,7 @@ class PartitionedData:
         Raises:
             DataError: there is no such client.
         """
-        try:
-            position = self.partition.names.index(client_id)
-        except ValueError as exc:
-            raise DataError("there is no such client", got=client_id, expected="one of client_ids()") from exc
+        position = self._position(client_id)
         rows = torch.from_numpy(self.partition.rows(position))
         inputs, targets = self.dataset.inputs[rows], self.dataset.targets[rows]
         test, validation, train = self._split(position)
@@ -163,17 +160,32 @@ class PartitionedData:
         num_central_test = int(self._test.sum()) if own_test is None else len(own_test)
         return summarize(self.dataset.name, self.spec, self.partition, self.dataset.targets, num_central_test)
 
-    def fingerprint(self) -> str:
-        """SHA-256 over all rows and the partition, in hex."""
+    def fingerprint(self, client_id: str | None = None) -> str:
+        """SHA-256 in hex over all rows as they were read and the partition, or over one client's rows alone."""
         digest = hashlib.sha256()
-        for tensor in (self.dataset.inputs, self.dataset.targets, self.dataset.test_inputs, self.dataset.test_targets):
-            if tensor is not None:
-                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().numpy().data)
+
+        def take(*tensors: Tensor | None) -> None:
+            for tensor in tensors:
+                if tensor is not None:
+                    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+                    digest.update(tensor.contiguous().numpy().data)
+
+        dataset = self.dataset
+        if client_id is not None:
+            rows = torch.from_numpy(self.partition.rows(self._position(client_id)))
+            take(dataset.inputs[rows], dataset.targets[rows])
+            return digest.hexdigest()
+        take(dataset.inputs, dataset.targets, dataset.test_inputs, dataset.test_targets)
         digest.update("\n".join(self.dataset.client_names).encode())
         for array in (self.partition.indices, self.partition.offsets):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
+
+    def _position(self, client_id: str) -> int:
+        try:
+            return self.partition.names.index(client_id)
+        except ValueError as exc:
+            raise DataError("there is no such client", got=client_id, expected="one of client_ids()") from exc
 
     def _split(self, position: int) -> list[NDArray[np.int64]]:
         """Test, validation and training positions within the client's rows."""

@@ -10,6 +10,7 @@ from fedtrain.experiment.base import Section, tag_defaults_to
 from fedtrain.experiment.clients import ClientsSection
 from fedtrain.experiment.gate import GateSection
 from fedtrain.experiment.partitions import IidPartition, PartitionSection
+from fedtrain.experiment.privacy import ClientPrivacy, PrivacySection, SamplePrivacy
 from fedtrain.experiment.strategies import FedAvgStrategy, FedBuffStrategy, StrategySection
 
 __all__ = [
@@ -191,6 +192,17 @@ class TrainingSection(Section):
             raise ValueError("local_epochs and local_steps contradict each other: give one")
         return self
 
+    def steps_for(self, size: int, work: float = 1.0) -> int:
+        """Count the optimiser steps of a client's round.
+
+        Args:
+            size: examples in the client's training set, at least 1.
+            work: share of the steps that there is time for; at least one is taken.
+        """
+        per_pass = -(-size // min(self.batch_size, size))
+        whole = self.local_steps or per_pass * (self.local_epochs or 1)
+        return max(1, int(whole * work + 1e-9))
+
 
 class PersonalizationSection(Section):
     """What each client has for itself."""
@@ -237,6 +249,10 @@ class RunSection(Section):
     """auto (CUDA where there is one), cpu, cuda or cuda:1. Results are equal by the byte on cpu."""
     checkpoint_seconds: float = Field(default=10.0, ge=0)
     """Least time between checkpoints in seconds; 0: after every round. There is always one at the end and at Ctrl-C."""
+    policy: str | None = Field(default=None, examples=["policy.toml"])
+    """Policy file that the simulated clients obey (under client privacy: the server), relative to this file."""
+    ledgers: str | None = Field(default=None, examples=["../ledgers"])
+    """Folder of the privacy ledgers, relative to this file; the run's own unless given. Runs that share one add up."""
     data_root: str | None = Field(default=None, examples=["../data"])
     """Folder of the built-in data sets, relative to this file; --data-root and FEDTRAIN_DATA come first."""
 
@@ -262,6 +278,8 @@ class Experiment(Section):
     """How the server turns updates into the next model; your own as name = "file.py:function"."""
     personalization: PersonalizationSection = PersonalizationSection()
     """What each client has for itself."""
+    privacy: PrivacySection | None = None
+    """Whose privacy is protected, and how; leave out for none."""
     gate: GateSection = GateSection()
     """Which updates may touch the model."""
     evaluation: EvaluationSection = EvaluationSection()
@@ -280,7 +298,35 @@ class Experiment(Section):
                 "server no whole model"
             )
         self._check_strategy()
+        if self.privacy is not None:
+            self._check_privacy(self.privacy)
         return self
+
+    def _check_privacy(self, privacy: SamplePrivacy | ClientPrivacy) -> None:
+        strategy, sampling, scaling = self.strategy, self.clients.sampling, self.data.scaling
+        told = "which privacy does not let out"
+        if self.evaluation.clients_every:
+            raise ValueError(f"evaluation.clients_every asks for measurements on the clients' examples, {told}")
+        if self.personalization.fine_tune_epochs:
+            raise ValueError(f"personalization.fine_tune_epochs serves measurements on the clients' examples, {told}")
+        if strategy.needs_measurements:
+            raise ValueError(f'strategy.name = "{strategy.name}" needs to know of the clients\' examples, {told}')
+        if sampling in ("by-size", "power-of-choice"):
+            raise ValueError(f'clients.sampling = "{sampling}" goes by sizes or losses, {told}')
+        if scaling == "pooled" or (scaling == "client" and privacy.unit == "sample"):
+            raise ValueError(
+                f'data.scaling = "{scaling}" is fitted on the examples and would tell of them without noise; '
+                "give numbers that are known anyway: scaling = { mean = [...], std = [...] }"
+            )
+        if privacy.unit == "sample":
+            return
+        if not strategy.steps_along_a_mean:
+            raise ValueError(
+                f'strategy.name = "{strategy.name}" needs every single update, and privacy.unit = "client" leaves '
+                "it their noised mean; take fedavg, fedavgm, fedprox or one of the fedopt family"
+            )
+        if sampling != "poisson" and self.clients.per_round is not None:
+            raise ValueError('privacy.unit = "client" counts on a coin for each client: clients.sampling = "poisson"')
 
     def _check_strategy(self) -> None:
         strategy, optimizer = self.strategy, self.training.optimizer

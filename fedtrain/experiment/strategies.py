@@ -41,6 +41,8 @@ _Decay = Annotated[float, Field(ge=0, lt=1)]
 class _Strategy(Section):
     needs_plain_sgd: ClassVar[bool] = False  # its mathematics holds for SGD without momentum and weight decay
     needs_sgd: ClassVar[bool] = False
+    steps_along_a_mean: ClassVar[bool] = False  # one mean of all updates is all that its server half needs
+    needs_measurements: ClassVar[bool] = False  # its clients tell how many examples or which loss they have
 
     @property
     def least_updates(self) -> int:
@@ -51,11 +53,15 @@ class _Strategy(Section):
 class FedAvgStrategy(_Strategy):
     """Mean of the updates, weighted by examples (McMahan et al. 2017)."""
 
+    steps_along_a_mean: ClassVar[bool] = True
+
     name: Literal["fedavg"] = "fedavg"
 
 
 class FedAvgMStrategy(_Strategy):
     """FedAvg with momentum on the server (Hsu et al. 2019)."""
+
+    steps_along_a_mean: ClassVar[bool] = True
 
     name: Literal["fedavgm"]
     server_lr: _Positive = 1.0
@@ -67,6 +73,8 @@ class FedAvgMStrategy(_Strategy):
 class FedAdagradStrategy(_Strategy):
     """Adagrad on the server (Reddi et al. 2021)."""
 
+    steps_along_a_mean: ClassVar[bool] = True
+
     name: Literal["fedadagrad"]
     server_lr: _Positive = 0.1
     """Learning rate of the server."""
@@ -75,6 +83,7 @@ class FedAdagradStrategy(_Strategy):
 
 
 class _Adaptive(_Strategy):
+    steps_along_a_mean: ClassVar[bool] = True
     name: str  # declared here so that it is the first key
     server_lr: _Positive = 0.1
     """Learning rate of the server."""
@@ -99,6 +108,8 @@ class FedYogiStrategy(_Adaptive):
 class FedOptStrategy(_Strategy):
     """Any optimiser of torch.optim on the server, stepping along the mean update (Reddi et al. 2021)."""
 
+    steps_along_a_mean: ClassVar[bool] = True
+
     name: Literal["fedopt"]
     optimizer: str = Field(examples=["SGD", "AdamW", "RMSprop"])
     """A class of torch.optim, such as "AdamW"."""
@@ -108,6 +119,8 @@ class FedOptStrategy(_Strategy):
 
 class FedProxStrategy(_Strategy):
     """FedAvg with a pull of local training towards the server's model (Li et al. 2020)."""
+
+    steps_along_a_mean: ClassVar[bool] = True
 
     name: Literal["fedprox"]
     mu: float = Field(default=0.01, ge=0)
@@ -126,6 +139,8 @@ class ScaffoldStrategy(_Strategy):
 class FedNovaStrategy(_Strategy):
     """Updates normalised by the local steps behind them (Wang et al. 2020)."""
 
+    needs_measurements: ClassVar[bool] = True
+
     name: Literal["fednova"]
     needs_sgd: ClassVar[bool] = True
 
@@ -140,6 +155,8 @@ class FedDynStrategy(_Strategy):
 
 class QFedAvgStrategy(_Strategy):
     """Clients with a higher loss weigh more: fairer accuracies (Li et al. 2020)."""
+
+    needs_measurements: ClassVar[bool] = True
 
     name: Literal["qfedavg"]
     needs_sgd: ClassVar[bool] = True
@@ -228,6 +245,8 @@ class NormBoundingStrategy(_Strategy):
 class DittoStrategy(_Strategy):
     """FedAvg, and beside it a personal model on each client, pulled towards the global one (Li et al. 2021)."""
 
+    needs_measurements: ClassVar[bool] = True
+
     name: Literal["ditto"]
     mu: float = Field(default=0.1, ge=0)
     """lambda, the strength of the pull: mu / 2 times the squared distance is added to the personal loss."""
@@ -249,6 +268,8 @@ class FedBuffStrategy(_Strategy):
 
 class OwnStrategy(_Strategy):
     """Your own strategy, or any flwr Strategy, by import path or file."""
+
+    steps_along_a_mean: ClassVar[bool] = True  # it may not, but then it is useless rather than unsafe
 
     name: Literal["own"]
     path: str = Field(pattern=":", examples=["flwr.serverapp.strategy:FedTrimmedAvg", "own_strategy.py:build"])

@@ -192,7 +192,8 @@ def render(name: str) -> str:
         if not is_section(node):
             lines += _entry(key, node, values)
             continue
-        lines += ["", *_beside(f"[{key}]", [node["description"]])]
+        absent = "default" not in node and "discriminator" in node and key not in values
+        lines += ["", *_beside(f"{'# ' if absent else ''}[{key}]", [node["description"]])]
         if "properties" not in node:
             lines += _kinds(node, values.get(key, {}))
             continue
@@ -265,7 +266,7 @@ def _entry(key: str, node: dict[str, Any], values: Mapping[str, Any]) -> Iterato
 def _kinds(node: dict[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
     """A section that comes in kinds: the one that is chosen with what there is besides, and its keys."""
     tag, choices = variants(node)
-    chosen = values.get(tag, node["default"][tag])
+    chosen = values.get(tag, node.get("default", {}).get(tag, next(iter(choices))))
     others = [text for name, text in _with_own_keys(choices).items() if name != chosen]
     paragraphs = [choices[chosen]["description"], f"Others, each with its keys: {', '.join(others)}."]
     yield from _beside(f"{'' if tag in values else '# '}{tag} = {inline(chosen)}", paragraphs)

@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from fedtrain.errors import InputError, MissingExtraError, RunError
 
-__all__ = ["Accountant", "Epsilon", "Guarantee", "Spend", "delta_warning", "epsilon", "noise_multiplier_for"]
+__all__ = [
+    "Accountant",
+    "Epsilon",
+    "Guarantee",
+    "Spend",
+    "bound_within",
+    "delta_warning",
+    "epsilon",
+    "noise_multiplier_for",
+]
 
 Accountant = Literal["prv", "rdp", "pld"]
 
@@ -94,6 +103,23 @@ def epsilon(history: Iterable[Spend], delta: float, accountant: Accountant = "pr
         return rdp
     prv = _prv_epsilon(composed, delta)
     return rdp if prv is None or rdp.value <= prv else Epsilon(prv, "prv")
+
+
+def bound_within(limit: float) -> Callable[[Sequence[Spend], float], float]:
+    """Make an accountant that only has to tell whether a limit is kept: the slow proof is asked where the fast fails.
+
+    Args:
+        limit: of epsilon.
+
+    Returns:
+        (history, delta) -> RDP's bound of epsilon if that is within the limit, else PRV's.
+    """
+
+    def bound(history: Sequence[Spend], delta: float) -> float:
+        fast = epsilon(history, delta, "rdp").value
+        return fast if fast <= limit else epsilon(history, delta).value
+
+    return bound
 
 
 def noise_multiplier_for(

@@ -211,6 +211,10 @@ class Book:
             )
         return found
 
+    def reservations(self, run: str) -> int:
+        """Count the rounds that a run has spent on, replays included."""
+        return sum(entry.run == run for entry in self._reservations.values())
+
     def resendable(self, run: str, round_number: int, update_sha256: str) -> bool:
         """Whether these very bytes were committed for the round: to send them again releases nothing new."""
         made = [self._reservations[i] for i, commit in self._commits.items() if commit.update_sha256 == update_sha256]

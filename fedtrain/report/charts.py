@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["can_draw", "convergence", "label_map", "largest_share", "per_client"]
+__all__ = ["can_draw", "convergence", "label_map", "largest_share", "per_client", "spending"]
 
 _COLOURS = {
     "#f00001": "var(--ink)",
@@ -36,8 +36,9 @@ _COLOURS = {
     "#f00005": "var(--clients)",
     "#f00006": "var(--personal)",
     "#f00007": "var(--train)",
+    "#f00008": "var(--privacy)",
 }
-_INK, _MUTED, _RULE, _CENTRAL, _CLIENTS, _PERSONAL, _TRAIN = _COLOURS
+_INK, _MUTED, _RULE, _CENTRAL, _CLIENTS, _PERSONAL, _TRAIN, _PRIVACY = _COLOURS
 _LINES = {"central": (_CENTRAL, 1.8), "clients": (_CLIENTS, 1.4), "personal": (_PERSONAL, 1.4), "train": (_TRAIN, 1.1)}
 _HEAT = (0x2B, 0x7B, 0xBA)  # a mid blue that reads on white and on black
 _MOST_NAMES = 30  # on an axis
@@ -104,6 +105,40 @@ def convergence(run: RunView, facts: Facts) -> list[str]:
         axes.append(_scaled(virtual, _LONGER, "{} on the virtual clock", "seconds"))
         width = 5.4  # two charts side by side rather than three
     return [_convergence_chart(run, facts, label, x, width, f"convergence-{i}") for i, (label, x) in enumerate(axes)]
+
+
+def spending(run: RunView, facts: Facts) -> list[str]:
+    """Draw epsilon over rounds, and what it bought: the central metric over epsilon, where that was measured.
+
+    Args:
+        run: a private one.
+        facts: names the metric.
+
+    Returns:
+        an SVG element each; none where nothing was spent yet.
+    """
+    records = [r for r in run.records if r.epsilon is not None and can_draw(r.epsilon)]
+    epsilons = np.array([r.epsilon for r in records], dtype=np.float64)
+    if not epsilons.any():
+        return []
+    with _figure("epsilon", (5.4, 2.4)) as (figure, finish):
+        axes = figure.subplots()
+        _draw_line(axes, np.array([r.round_number for r in records], dtype=np.float64), epsilons, (_PRIVACY, 1.8))
+        _mark(axes, run.privacy.planned_epsilon if run.privacy else None)
+        axes.set_title("epsilon")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("rounds")
+        axes.locator_params(axis="x", integer=True)
+        charts = [finish()]
+    if facts.final is None:
+        return charts
+    with _figure("bought", (5.4, 2.4)) as (figure, finish):
+        axes = figure.subplots()
+        _line(axes, epsilons, records, "central", facts.metric)
+        axes.set_title(f"central {shorten(facts.metric, 40)}")
+        _scale_metric(axes, facts.metric)
+        axes.set_xlabel("epsilon")
+        return [*charts, finish()]
 
 
 def label_map(data: DataSummary) -> str:
@@ -213,10 +248,17 @@ def _line(axes: Axes, x: npt.NDArray[np.float64], records: Sequence[RoundRecord]
         return
     at = np.array([i for i, _ in points])
     values = np.array([value if can_draw(value) else math.nan for _, value in points])
-    colour, width = _LINES[part]
+    _draw_line(axes, x[at], values, _LINES[part])
+
+
+def _draw_line(
+    axes: Axes, x: npt.NDArray[np.float64], values: npt.NDArray[np.float64], look: tuple[str, float]
+) -> None:
+    """Draw a line of a colour and a width, thin where it is crowded and with dots where it is short."""
+    colour, width = look
     width *= 0.6 if len(values) > _CROWDED else 1
     marker = "o" if len(values) <= 12 else ""
-    axes.plot(x[at], values, color=colour, linewidth=width, marker=marker, markersize=3.2)
+    axes.plot(x, values, color=colour, linewidth=width, marker=marker, markersize=3.2)
 
 
 def _mark(axes: Axes, level: float | None) -> bool:

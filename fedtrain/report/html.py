@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -12,8 +12,9 @@ from urllib.parse import quote
 from fedtrain.disk import atomic_write
 from fedtrain.errors import MissingExtraError, RunError, shorten
 from fedtrain.records import PERSONAL, DataSummary, Heterogeneity, Manifest, RoundRecord
-from fedtrain.report.charts import can_draw, convergence, label_map, largest_share, per_client
-from fedtrain.report.text import show_bytes, show_metric, show_seconds, summary_lines
+from fedtrain.report.charts import can_draw, convergence, label_map, largest_share, per_client, spending
+from fedtrain.report.privacy import increments, promise_rows, sentences, warnings
+from fedtrain.report.text import show_bytes, show_epsilon, show_metric, show_seconds, summary_lines
 from fedtrain.report.view import SERIES, ClientScore, Facts, RunView, client_scores, measured
 
 __all__ = ["write_report"]
@@ -87,6 +88,7 @@ def _render(run: RunView) -> str:
         "plain": shorten,
         "metric": lambda value, name: show_metric(name, value),
         "bytes": show_bytes,
+        "epsilon": show_epsilon,
         "seconds": show_seconds,
     }
     return environment.get_template("report.html").render(_context(run))
@@ -110,11 +112,64 @@ def _context(run: RunView) -> dict[str, Any]:
         "scores_csv": _data_uri(_score_rows(scores, facts)),
         "not_drawn": sum(not can_draw(score.value) for score in scores),
         "worst": scores[:_WORST],
-        "quarantined": facts.quarantined[:_MOST_ROWS],
+        "privacy": _privacy(run, facts) if run.privacy else None,
+        "turned_away": _turned_away(facts)[:_MOST_ROWS],
         "records": records,
+        "columns": _columns(run, facts),
         "left_out": len(run.records) - len(records),
         "manifest": _manifest_rows(run.manifest),
     }
+
+
+def _privacy(run: RunView, facts: Facts) -> dict[str, Any]:
+    added = increments(run.records)
+    header: list[object] = ["round", "epsilon", "epsilon_of_round", f"central_{facts.metric}"]
+    rows: list[list[object]] = [
+        [r.round_number, r.epsilon, added[r.round_number], r.central.get(facts.metric, "")]
+        for r in run.records
+        if r.epsilon is not None
+    ]
+    return {
+        "warnings": warnings(run, facts),
+        "sentences": sentences(run, facts),
+        "charts": spending(run, facts),
+        "csv": _data_uri([header, *_thinned(rows)]),
+        "rows": promise_rows(run, facts),
+    }
+
+
+def _turned_away(facts: Facts) -> list[tuple[int, str, str, str]]:
+    """(round, client, why its update was not used, what follows from it) of each case, in the order of rounds."""
+    gone = "Set aside for the rest of the run."
+    cases = [(*case, gone if (case[0], case[1]) in facts.set_aside else "") for case in facts.quarantined]
+    ended = "its budget or its policy allows no more"
+    cases += [(number, client, ended, "Ended: takes no further part.") for number, client in facts.ended]
+    return sorted(cases, key=lambda case: case[0])
+
+
+def _columns(run: RunView, facts: Facts) -> list[tuple[str, Callable[[RoundRecord], str]]]:
+    """(name, what to show of a record) of each column of the rounds' table; what no round can have is left out."""
+    metric, private, added = facts.metric, run.privacy is not None, increments(run.records)
+    columns: list[tuple[bool, str, Callable[[RoundRecord], str]]] = [
+        (True, "Round", lambda r: str(r.round_number)),
+        (True, "Clients", lambda r: str(len(r.participants))),
+        (True, "Quarantined", lambda r: str(len(r.quarantined))),
+        (bool(facts.ended), "Ended", lambda r: str(len(r.ended))),
+        (bool(facts.late), "Late", lambda r: str(len(r.late))),
+        (bool(facts.staleness), "Staleness", lambda r: f"{r.staleness:.1f}"),
+        (not private, "Examples", lambda r: f"{r.num_examples:,}"),
+        (private, "Epsilon", lambda r: show_epsilon(r.epsilon)),
+        (private, "of this round", lambda r: show_epsilon(added.get(r.round_number))),
+        (True, f"Central {shorten(metric)}", lambda r: show_metric(metric, r.central.get(metric))),
+        (True, "Central loss", lambda r: show_metric("loss", r.central.get("loss"))),
+        (not private, "Training loss", lambda r: show_metric("loss", r.train.get("loss"))),
+        (True, "Update norm", lambda r: show_metric("norm", r.update_norm)),
+        (True, "Up", lambda r: show_bytes(r.bytes_up)),
+        (True, "Down", lambda r: show_bytes(r.bytes_down)),
+        (True, "Seconds", lambda r: f"{r.seconds_train + r.seconds_evaluate:.2f}"),
+        (bool(facts.virtual_seconds), "Virtual seconds", lambda r: f"{r.virtual_seconds:,.2f}"),
+    ]
+    return [(name, show) for shown, name, show in columns if shown]
 
 
 def _labels(data: DataSummary) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from fedtrain.errors import shorten
 from fedtrain.experiment.sections import Experiment
 from fedtrain.experiment.strategies import OwnStrategy
 from fedtrain.records import DataSummary
-from fedtrain.report.view import Facts, RunView
+from fedtrain.report.view import Facts, RunView, guarantee
 
-__all__ = ["show_bytes", "show_metric", "show_seconds", "summary_lines"]
+__all__ = ["named", "show_bytes", "show_epsilon", "show_metric", "show_seconds", "summary_lines"]
 
 
 def summary_lines(run: RunView) -> list[str]:
@@ -30,12 +30,14 @@ def summary_lines(run: RunView) -> list[str]:
         _central(facts),
         _clients(facts),
         _personal(facts),
+        _privacy(run, facts),
         _cost(facts),
         _virtual(facts),
         _late(facts),
         _target(run, facts),
         _quarantined(facts),
-        _set_aside(facts),
+        _gone("Set aside for the rest of the run", facts.set_aside),
+        _gone("Ended, for their budget or policy allows no more", facts.ended),
     ]
     return [line for line in lines if line]
 
@@ -47,6 +49,15 @@ def show_metric(metric: str, value: float | None) -> str:
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
     return f"{value:.1%}" if metric == "accuracy" else f"{value:.4g}"
+
+
+def show_epsilon(value: float | None) -> str:
+    """Write an epsilon, or a difference of two, with three digits."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return "infinite"
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def show_bytes(count: float) -> str:
@@ -65,6 +76,15 @@ def show_seconds(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds / 60:.1f} minutes"
     return f"{seconds / 3600:.1f} hours"
+
+
+def named(clients: Sequence[tuple[int, str]]) -> str:
+    """Name the first three of some clients.
+
+    Args:
+        clients: (round, client).
+    """
+    return _first([f"{shorten(client, 40)} in round {number}" for number, client in clients])
 
 
 def _status(run: RunView, facts: Facts) -> str:
@@ -148,6 +168,26 @@ def _personal(facts: Facts) -> str:
     )
 
 
+def _privacy(run: RunView, facts: Facts) -> str:
+    promise = run.privacy
+    if promise is None:
+        return ""
+    planned = show_epsilon(promise.planned_epsilon)
+    if facts.epsilon is None:
+        return f"{'NOT PRIVATE' if facts.not_private else 'Privacy'}: nothing recorded yet; planned epsilon {planned}."
+    spent = guarantee(promise, facts.epsilon, facts.rounds_done)
+    one = "example" if promise.unit == "sample" else "client"
+    figure = (
+        f"epsilon {show_epsilon(spent.epsilon)} at delta {spent.delta:g} (each {one}, {spent.relation}, "
+        f"{spent.accountant.upper()}), {'more than the ' if spent.epsilon > promise.planned_epsilon else ''}"
+        f"planned {planned}"
+    )
+    if facts.not_private:
+        why = ": the noise follows from a seed; with secret noise," if promise.seeded else ":"
+        return f"NOT PRIVATE{why} {figure}."
+    return f"Privacy: {figure}; {spent.trust} must be trusted."
+
+
 def _cost(facts: Facts) -> str:
     moved = facts.bytes_up + facts.bytes_down
     return (
@@ -184,18 +224,15 @@ def _quarantined(facts: Facts) -> str:
     if not facts.quarantined:
         return ""
     often = Counter(client for _, client, _ in facts.quarantined)
-    whose = f"{_count(len(often), 'client')}: {_named([shorten(client, 40) for client, _ in often.most_common()])}"
+    whose = f"{_count(len(often), 'client')}: {_first([shorten(client, 40) for client, _ in often.most_common()])}"
     return f"Quarantined {_count(len(facts.quarantined), 'update')} of {whose}."
 
 
-def _set_aside(facts: Facts) -> str:
-    if not facts.set_aside:
-        return ""
-    names = [f"{shorten(client, 40)} in round {number}" for number, client in facts.set_aside]
-    return f"Set aside for the rest of the run: {_named(names)}."
+def _gone(how: str, clients: Sequence[tuple[int, str]]) -> str:
+    return f"{how}: {named(clients)}." if clients else ""
 
 
-def _named(names: Sequence[str]) -> str:
+def _first(names: Sequence[str]) -> str:
     """The first three of some names."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedtrain.experiment.sections import Experiment
-from fedtrain.records import PERSONAL, DataSummary, Manifest, RoundRecord
+from fedtrain.privacy.accounting import Guarantee
+from fedtrain.records import PERSONAL, DataSummary, Manifest, PrivacySummary, RoundRecord
 
 __all__ = [
     "SERIES",
@@ -16,6 +17,7 @@ __all__ = [
     "RunView",
     "Spread",
     "client_scores",
+    "guarantee",
     "higher_is_better",
     "measured",
 ]
@@ -28,8 +30,6 @@ SERIES = {
 }
 """Part of what is measured in a round -> what it is measured on; what matters most first."""
 
-# Repeated here, because client.app imports torch and flwr; a test compares them.
-
 
 @dataclass(frozen=True)
 class RunView:
@@ -40,6 +40,7 @@ class RunView:
     manifest: Manifest
     records: Sequence[RoundRecord]  # in the order of rounds
     data: DataSummary | None
+    privacy: PrivacySummary | None  # None where nothing is protected
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,9 @@ class Facts:
     target_round: int | None
     quarantined: tuple[tuple[int, str, str], ...]  # (round, client, reason)
     set_aside: tuple[tuple[int, str], ...]  # (round, client)
+    ended: tuple[tuple[int, str], ...]  # (round, client)
+    epsilon: float | None  # spent up to the last record; None without privacy, and before the first record
+    not_private: bool  # whether an epsilon is counted that protects nobody
 
     @classmethod
     def of(cls, run: RunView) -> Facts:
@@ -107,6 +111,7 @@ class Facts:
         used = sum(len(r.participants) for r in run.records)
         late = sum(len(r.late) for r in run.records)
         clients = [r.clients[metric] for r in run.records if metric in r.clients]
+        epsilon = run.records[-1].epsilon if run.privacy and run.records else None
         return cls(
             metric=metric,
             rounds_done=max((r.round_number for r in run.records), default=0),
@@ -131,6 +136,9 @@ class Facts:
                 (r.round_number, client, reason) for r in run.records for client, reason in r.quarantined.items()
             ),
             set_aside=tuple((r.round_number, client) for r in run.records for client in r.set_aside),
+            ended=tuple((r.round_number, client) for r in run.records for client in r.ended),
+            epsilon=epsilon,
+            not_private=run.privacy is not None and (run.privacy.seeded or epsilon == math.inf),
         )
 
     @property
@@ -180,6 +188,25 @@ def client_scores(run: RunView, metric: str) -> list[ClientScore]:
         for client, values in last.items()
     ]
     return _worst_first(scores, metric)
+
+
+def guarantee(privacy: PrivacySummary, epsilon: float, rounds: int) -> Guarantee:
+    """State an epsilon with all that it means nothing without.
+
+    Args:
+        privacy: what the run promises.
+        epsilon: that was spent.
+        rounds: that it covers.
+    """
+    return Guarantee(
+        epsilon=epsilon,
+        delta=privacy.delta,
+        unit=privacy.unit,
+        accountant=privacy.accountant,
+        sampling=privacy.sampling,
+        rounds=rounds,
+        seeded=privacy.seeded,
+    )
 
 
 def _worst_first(scores: Iterable[ClientScore], metric: str) -> list[ClientScore]:

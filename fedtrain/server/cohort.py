@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtrain.errors import InputError
+from fedtrain.experiment.privacy import ClientPrivacy
 from fedtrain.experiment.sections import Experiment
 from fedtrain.params import Params
+from fedtrain.privacy.rng import NoiseSource
 from fedtrain.server.gate import Gate
 from fedtrain.server.schedule import Buffered, InStep, Schedule, Turn
 from fedtrain.server.selection import Crowd, fixed_sample
@@ -36,12 +38,17 @@ class Cohort:
     def __init__(self, experiment: Experiment, sizes: npt.NDArray[np.int64], asynchrony: Asynchrony | None) -> None:
         self._experiment, self._asynchrony = experiment, asynchrony
         self._crowd = Crowd(experiment.clients, experiment.seed, sizes)
+        privacy = experiment.privacy
+        if isinstance(privacy, ClientPrivacy) and privacy.noise_seed is None:
+            self._crowd.coins = NoiseSource()  # its epsilon counts on nobody knowing who took part
         if asynchrony and experiment.clients.duration is None:
             raise InputError("an asynchronous strategy needs clients.duration: how long clients take")
-        most = experiment.evaluation.max_clients if experiment.data.test else 0
+        # A measurement on a client's own examples would leave it without noise.
+        most = experiment.evaluation.max_clients if experiment.data.test and not privacy else 0
         present = np.flatnonzero(sizes > 0)
         self._evaluators: Sequence[int] = present[fixed_sample(most, experiment.seed, len(present))].tolist()
         self._pending: dict[tuple[int, int], Update] = {}
+        self.receipts: dict[str, str] = {}  # client -> the last that it sent of its privacy ledger
 
     def begin(self, strategy: RoundStrategy, params: Params, memory: Mapping[str, Any]) -> None:
         """Take up what an earlier part of the run remembered; nothing for a new one.
@@ -52,9 +59,18 @@ class Cohort:
             memory: what `memory` returned.
         """
         extra, also = strategy.extra(params), strategy.objection
-        self.gate = Gate(self._experiment.gate, params, extra, memory.get("gate"), also=also)
+        section, privacy = self._experiment.gate, self._experiment.privacy
+        metrics = () if privacy else ("loss",)
+        if privacy:
+            section = section.model_copy(update={"max_examples": 1})
+            if privacy.unit == "client":
+                # Whether an update is used must depend on its own client alone, not on the norms of others.
+                section = section.model_copy(update={"norm_factor": 0.0, "examples_factor": 0.0})
+        self.gate = Gate(section, params, extra, memory.get("gate"), metrics=metrics, also=also)
         self._crowd.absent = set(memory.get("absent", ()))
         self._crowd.losses = {int(client): loss for client, loss in memory.get("losses", {}).items()}
+        self._ended: int = memory.get("ended", 0)
+        self.receipts = dict(memory.get("receipts", {}))
         updates = [Update(**update) for update in memory.get("pending", {}).values()]
         places = [tuple(map(int, place.split(":"))) for place in memory.get("pending", {})]
         self._pending = {(client, start): update for (client, start), update in zip(places, updates, strict=True)}
@@ -68,6 +84,8 @@ class Cohort:
             "gate": self.gate.memory(),
             "schedule": self._schedule.memory(),
             "absent": sorted(self._crowd.absent),
+            "ended": self._ended,
+            "receipts": dict(self.receipts),
             "losses": {str(client): loss for client, loss in self._crowd.losses.items()},
             "pending": {f"{client}:{start}": vars(update) for (client, start), update in self._pending.items()},
         }
@@ -101,6 +119,18 @@ class Cohort:
     def evaluators(self) -> list[int]:
         """Who measures the model, always the same but for those set aside since."""
         return [client for client in self._evaluators if client not in self._crowd.absent]
+
+    def too_few_are_left(self) -> str | None:
+        """Say so if clients have ended, and the others are fewer than the quorum of a round."""
+        left, wanted = self._crowd.left(), self._crowd.wanted()
+        if not self._ended or left >= max(1, wanted * self._experiment.clients.quorum - 1e-9):
+            return None
+        return f"{self._ended} clients have ended, and {left} are left for a round of {wanted}"
+
+    def end(self, client: int) -> None:
+        """Ask a client no more, by its own wish."""
+        self._crowd.absent.add(client)
+        self._ended += 1
 
     def set_aside(self, client: int) -> None:
         """Ask a client no more in this run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Gate:
         model: the global parameters, whose names, shapes and dtypes every delta must have.
         extra: likewise for `Update.extra`.
         memory: what `memory()` gave, in a run that is resumed.
+        metrics: names of the metrics that an update must bring.
         also: the algorithm's own objection; it sees only what has passed all else.
     """
 
@@ -44,9 +45,10 @@ class Gate:
         extra: Params,
         memory: Mapping[str, Any] | None = None,
         *,
+        metrics: Collection[str] = ("loss",),
         also: Callable[[Update], str | None] = lambda _: None,
     ) -> None:
-        self._section, self._also = section, also
+        self._section, self._metrics, self._also = section, frozenset(metrics), also
         self._model, self._extra = _schema(model), _schema(extra)
         self._size = sum(t.numel() for t in model.values())
         # Single numbers, such as a loss or a count of steps, have no scale that the gate could know.
@@ -113,10 +115,11 @@ class Gate:
         if update.round_number != round_number:
             raise RunError("the update is for another round", got=update.round_number, expected=str(round_number))
         self._check_examples(update.num_examples)
-        if update.metrics.keys() != {"loss"}:
-            raise RunError("the metrics are wrong", got=_listed(update.metrics), expected="loss alone")
-        if not math.isfinite(update.metrics["loss"]):
-            raise RunError("the loss is wrong", got=update.metrics["loss"], expected="a finite number")
+        if update.metrics.keys() != self._metrics:
+            raise RunError("the metrics are wrong", got=_listed(update.metrics), expected=_listed(self._metrics))
+        for name, value in update.metrics.items():
+            if not math.isfinite(value):
+                raise RunError(f"the {name} is wrong", got=value, expected="a finite number")
         norm = _norm("tensor", update.delta, self._model)
         extra_norm = _norm("extra tensor", update.extra, self._extra)
         if self._size and not norm:

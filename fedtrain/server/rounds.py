@@ -16,13 +16,23 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedtrain import flower, wire
-from fedtrain.errors import FedtrainError, InterruptedRunError, RunError, shorten
+from fedtrain.errors import (
+    BudgetError,
+    ClientEndedError,
+    FedtrainError,
+    InterruptedRunError,
+    PrivacyError,
+    RunError,
+    shorten,
+)
 from fedtrain.experiment.sections import Experiment
 from fedtrain.params import Params, difference, l2_norm
 from fedtrain.records import RoundRecord
 from fedtrain.rundir import Checkpoint, RunFolder
 from fedtrain.server.cohort import Cohort
 from fedtrain.server.gate import measurement_objection
+from fedtrain.server.privacy import Spending
+from fedtrain.server.schedule import Turn
 from fedtrain.strategies.adapter import RoundStrategy
 from fedtrain.training.evaluation import weighted_mean
 from fedtrain.training.optimizer import lr_factor
@@ -56,6 +66,7 @@ class _Round:
     participants: list[str] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)
     set_aside: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
     losses: list[tuple[dict[str, float], int]] = field(default_factory=list)  # with the examples behind them
     staleness: list[int] = field(default_factory=list)
     bytes_up: int = 0
@@ -63,7 +74,8 @@ class _Round:
 
     def silent(self, nodes: Mapping[int, int]) -> list[int]:
         """Positions of the clients that were asked and have sent nothing of use."""
-        return [nodes[node] for node, client in self.names.items() if client in self.quarantined]
+        gone = {*self.quarantined, *self.ended}
+        return [nodes[node] for node, client in self.names.items() if client in gone]
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,7 @@ class Server:
         client_name: node id -> client.
         evaluate: global parameters -> loss and metrics on the central test set; empty if there is none.
         observer: is told what happens.
+        spending: is charged before a round; None without privacy.
     """
 
     experiment: Experiment
@@ -89,6 +102,7 @@ class Server:
     client_name: Callable[[int], str]
     evaluate: Callable[[Params], dict[str, float]]
     observer: Observer
+    spending: Spending | None = None
 
     def run(self, start: Checkpoint) -> Params:
         """Run the rounds after `start` and return the final global parameters.
@@ -106,8 +120,12 @@ class Server:
             if start.round_number == 0:
                 self._record_untrained(start.params)
             for round_number in range(start.round_number + 1, self.experiment.rounds + 1):
-                done = self._round(round_number, done.params)
-                if time.monotonic() - saved_at >= self.experiment.run.checkpoint_seconds:
+                turn = self.cohort.turn(round_number)
+                if self._ends_before(round_number, turn):
+                    break
+                done = self._round(round_number, done.params, turn)
+                # Under privacy a round that has to be repeated is paid for twice.
+                if self.spending or time.monotonic() - saved_at >= self.experiment.run.checkpoint_seconds:
                     self.folder.write_checkpoint(done)
                     saved_at = time.monotonic()
             self.folder.write_checkpoint(done)
@@ -126,11 +144,35 @@ class Server:
     def _record_untrained(self, params: Params) -> None:
         started = time.perf_counter()
         central = self.evaluate(params) if self.experiment.evaluation.central_every else {}
-        self._finish(RoundRecord(round_number=0, central=central, seconds_evaluate=time.perf_counter() - started))
+        epsilon = 0.0 if self.spending else None
+        seconds = time.perf_counter() - started
+        self._finish(RoundRecord(round_number=0, central=central, epsilon=epsilon, seconds_evaluate=seconds))
 
-    def _round(self, round_number: int, params: Params) -> Checkpoint:
+    def _ends_before(self, round_number: int, turn: Turn) -> bool:
+        """Whether the privacy budget ends the run here; else the round is on the account."""
+        if self.spending is None:
+            return False
+        try:
+            if why := self.cohort.too_few_are_left():
+                self._refuse_if_nobody_took_part()
+                raise BudgetError(why)
+            self.spending.begin(round_number, turn.ask)
+        except BudgetError as error:
+            if round_number == 1:
+                raise
+            self.observer.notice(f"the run ends after round {round_number - 1}: {error}")
+            return True
+        return False
+
+    def _refuse_if_nobody_took_part(self) -> None:
+        if not any(record.participants for record in self.folder.read_rounds()):
+            raise PrivacyError(
+                "no client takes part: their policies or their ledgers do not allow this run",
+                hint="See what they spent with `fedtrain privacy status`, and what the run asks with `fedtrain plan`",
+            )
+
+    def _round(self, round_number: int, params: Params, turn: Turn) -> Checkpoint:
         started = time.perf_counter()
-        turn = self.cohort.turn(round_number)
         nodes = self._nodes(turn.ask)
         asked = list(self.strategy.configure(round_number, params, list(nodes)))
         seen = _Round(round_number, {node: self.client_name(node) for node in asked}, late=len(turn.late))
@@ -147,7 +189,7 @@ class Server:
             raise RunError("the strategy must read all updates of a round", got=f"{read} of {read + left}")
         self.cohort.close(turn, seen.silent(nodes))
         self._set_aside(nodes, seen)
-        self._check_quorum(turn.wanted - (len(nodes) - len(asked)), seen)
+        self._check_quorum(turn.wanted - (len(nodes) - len(asked)) - len(seen.ended), seen)
         trained = time.perf_counter()
         section = self.experiment.evaluation
         central = self.evaluate(new) if self._due(round_number, section.central_every) else {}
@@ -160,8 +202,9 @@ class Server:
                 participants=seen.participants,
                 quarantined=seen.quarantined,
                 set_aside=seen.set_aside,
+                ended=seen.ended,
                 late=[self.client_name(node) for node in late],
-                num_examples=sum(examples for _, examples in seen.losses),
+                num_examples=0 if self.experiment.privacy else sum(examples for _, examples in seen.losses),
                 train=weighted_mean(seen.losses),
                 central=central,
                 clients=_mean_over_clients(per_client),
@@ -170,6 +213,7 @@ class Server:
                 bytes_down=seen.bytes_down,
                 update_norm=l2_norm(difference(new, params)),
                 lr_factor=lr_factor(self.experiment.training.schedule, round_number, self.experiment.rounds),
+                epsilon=self.spending.epsilon() if self.spending else None,
                 staleness=sum(seen.staleness) / max(1, len(seen.staleness)),
                 virtual_seconds=turn.seconds,
                 seconds_train=trained - started,
@@ -193,7 +237,10 @@ class Server:
         kept = self.folder.oldest_checkpoint_round()
         messages = []
         for node in nodes:
-            content = wire.instruction_content(arrays, seen.number, shared, work.get(node, 1.0), kept)
+            receipt = self.cohort.receipts.get(seen.names[node], "") if node in seen.names else ""
+            content = wire.instruction_content(
+                arrays, seen.number, shared, work=work.get(node, 1.0), kept_round=kept, receipt=receipt
+            )
             seen.bytes_down += wire.size(content)
             messages.append(Message(content, node, kind, group_id=str(seen.number)))
         return messages
@@ -214,12 +261,17 @@ class Server:
             try:
                 update = wire.update(reply.content)
                 seen.bytes_up += wire.size(reply.content)
+            except ClientEndedError:
+                seen.ended.append(client_id)
+                continue
             except FedtrainError as error:
                 seen.quarantined[client_id] = self.cohort.gate.refuse(client_id, error)
                 continue
             if why := self.cohort.gate.objection(update, client_id, seen.number):
                 seen.quarantined[client_id] = why
             else:
+                if update.receipt:
+                    self.cohort.receipts[client_id] = update.receipt
                 yield node, update
 
     def _noted(self, updates: Iterable[wire.Update], seen: _Round) -> Iterator[wire.Update]:
@@ -238,16 +290,22 @@ class Server:
                 self.cohort.set_aside(nodes[node])
                 seen.set_aside.append(client_id)
                 self.observer.notice(f"{shorten(client_id)} is set aside for the rest of the run")
+            elif client_id in seen.ended:
+                self.cohort.end(nodes[node])
+                self.observer.notice(f"{shorten(client_id)} has ended: its budget or its policy allows no more")
 
     def _check_quorum(self, wanted: int, seen: _Round) -> None:
         used = len(seen.participants)
-        if used < wanted * self.experiment.clients.quorum - 1e-9:
+        privacy = self.experiment.privacy
+        # Under client privacy nobody may learn how many took part, and the noise is right for any number.
+        quorum = 0.0 if privacy and privacy.unit == "client" else self.experiment.clients.quorum
+        if used < wanted * quorum - 1e-9:
             late = f"{seen.late} came late: see clients.deadline, over_selection and late"
             first = (f"{shorten(client)}: {reason}" for client, reason in seen.quarantined.items())
             raise RunError(
                 f"round {seen.number} has too few valid updates",
                 got=f"{used} of {wanted} clients",
-                expected=f"at least clients.quorum = {self.experiment.clients.quorum} of them",
+                expected=f"at least clients.quorum = {quorum} of them",
                 hint=next(first, late if seen.late else None),
             )
         if not used:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fedtrain.errors import InputError, nearest
 from fedtrain.experiment.clients import ClientsSection
+from fedtrain.privacy.rng import NoiseSource
 from fedtrain.seeds import generator
 
 __all__ = ["Crowd", "eligible", "fixed_sample"]
@@ -28,7 +29,8 @@ class Crowd:
         seed: the experiment's seed.
         sizes: `(clients,)` training examples; a client without any is never asked, nor one that is not eligible.
         losses: position of a client -> its last training loss; written by whoever learns of it.
-        absent: positions of clients that are set aside.
+        absent: positions of clients that are set aside, or have ended.
+        coins: by which Poisson sampling draws where nobody may foresee it; None for the experiment's seed.
     """
 
     section: ClientsSection
@@ -36,6 +38,7 @@ class Crowd:
     sizes: Positions
     losses: dict[int, float] = field(default_factory=dict)
     absent: set[int] = field(default_factory=set)
+    coins: NoiseSource | None = None
 
     def __post_init__(self) -> None:
         self._eligible = np.flatnonzero(self.sizes > 0)
@@ -44,14 +47,25 @@ class Crowd:
         """Clients that a round is meant to have."""
         return min(self.section.per_round or len(self._eligible), len(self._eligible))
 
+    def sample_rate(self) -> float:
+        """The chance of each client to be in a round, for Poisson sampling."""
+        return self.wanted() / len(self._eligible)
+
+    def left(self) -> int:
+        """Clients that may still be asked."""
+        return len(self._present(()))
+
     def draw(self, round_number: int) -> Positions:
         """Draw who is asked in a round, in ascending order; more than wanted where there is over-selection."""
         rng = generator(self.seed, "participants", round_number)
         present, wanted = self._present(()), self.wanted()
         count = min(int(np.ceil(wanted * self.section.over_selection - 1e-9)), len(present))
+        if self.section.sampling == "poisson" and self.coins:
+            heads = self.coins.poisson_mask(len(present), self.sample_rate()).numpy()
+            return np.asarray(present[heads])
         if self.section.sampling == "poisson":
             # A coin for each client is the same as a binomial number of clients, then that many uniformly.
-            count = int(rng.binomial(len(present), wanted / len(self._eligible))) if len(present) else 0
+            count = int(rng.binomial(len(present), self.sample_rate())) if len(present) else 0
         elif self.section.sampling == "power-of-choice":
             return self._power_of_choice(rng, present, count)
         return np.sort(present if count == len(present) else self._some(rng, present, count))

@@ -23,6 +23,7 @@ from fedtrain.data.base import Examples
 from fedtrain.data.federated import PartitionedData, build
 from fedtrain.errors import InputError, InterruptedRunError, RunError, RunFolderError
 from fedtrain.experiment.load import to_toml
+from fedtrain.experiment.privacy import ClientPrivacy, SamplePrivacy
 from fedtrain.experiment.sections import Experiment
 from fedtrain.importing import raised
 from fedtrain.params import Params
@@ -33,6 +34,7 @@ from fedtrain.server.rounds import Observer, Server
 from fedtrain.server.selection import eligible
 from fedtrain.simulations.forkserver import wanted_workers
 from fedtrain.simulations.grid import Engine, InProcess, SimulationGrid
+from fedtrain.simulations.private import Accounts, Protection, protection, requests
 from fedtrain.simulations.shared import Arena
 from fedtrain.simulations.workers import WorkerPool, Workers
 from fedtrain.strategies.adapter import AlgorithmRunner, RoundStrategy
@@ -97,9 +99,18 @@ def simulate(experiment: Experiment, places: Places, observer: Observer) -> RunF
             _try_task(task, data)
             sizes = np.where(eligible(experiment.clients, places.base, data.client_ids()), data.sizes(), 0)
             strategy = make_strategy(experiment, int(np.count_nonzero(sizes)), places.base)
+            protects = protection(experiment, (places.base, folder), data, sizes, task)
+            if isinstance(experiment.privacy, ClientPrivacy) and not isinstance(strategy, FederatedStrategy):
+                raise InputError(
+                    'privacy.unit = "client" has no noise for a flwr Strategy',
+                    got=experiment.strategy.name,
+                    hint="Choose a strategy of fedtrain's, such as fedavg, fedavgm, fedadam or fedprox",
+                )
             stack.enter_context(folder.locked())
             refuse_other_run(folder, experiment, places.base)
-            simulation = _Simulation(experiment, places, observer, folder, data, sizes, task, strategy, device)
+            simulation = _Simulation(
+                experiment, places, observer, folder, data, sizes, task, strategy, device, protects
+            )
             simulation.run(pool, count)
         except KeyboardInterrupt:
             raise InterruptedRunError(
@@ -121,6 +132,7 @@ class _Simulation:
     task: Task
     strategy: FederatedStrategy | Strategy
     device: torch.device
+    protection: Protection | None
 
     def run(self, pool: WorkerPool | None, workers: int) -> None:
         model = build_model(self.task, self.experiment.seed)
@@ -131,7 +143,8 @@ class _Simulation:
         self._begin(model, workers)
         try:
             buffers = dict(model.named_buffers()).keys()
-            final = self._rounds(params.snapshot(initial), buffers, pool)
+            with self._accounts(model) as accounts:
+                final = self._rounds(params.snapshot(initial), buffers, pool, accounts)
             params.load(model, final)
             digest = self.folder.write_model(model.state_dict())
         except (InterruptedRunError, KeyboardInterrupt):
@@ -154,23 +167,48 @@ class _Simulation:
             self.folder.write_experiment(to_toml(self.experiment))
             self.folder.write_data(self.data.summary())
             self.folder.write_preparation(self.data.preparation)
+            if self.protection:
+                self.folder.write_privacy(self.protection.summary(self.folder))
             manifest = new_manifest(self.experiment, now)
         self.folder.write_manifest(manifest)
         self._warn_if_nothing_is_held_out()
+        section = self.experiment.privacy
+        if (
+            isinstance(section, SamplePrivacy)
+            and self.protection
+            and section.mode not in ("auto", self.protection.mode)
+        ):
+            mode = self.protection.mode
+            self.observer.notice(f'privacy.mode = "{section.mode}" does not cover this model: "{mode}" is used')
         if self.experiment.clients.where:
             fit = int(np.count_nonzero(self.sizes))
             self.observer.notice(f"clients.where leaves {fit} of {len(self.sizes)} clients to be asked")
 
     def _warn_if_nothing_is_held_out(self) -> None:
         private = bool(self.experiment.personalization.private)  # then there is no central evaluation
-        if self.experiment.data.test or (self.data.dataset.test_targets is not None and not private):
+        if self.data.dataset.test_targets is not None and not private:
+            return
+        if self.experiment.privacy is not None:
+            self.observer.notice(
+                "there is no test set of the server's own, and privacy lets no client's measurements out, so the "
+                "model is not measured; set data.central_test=0.2"
+            )
+            return
+        if self.experiment.data.test:
             return
         ways = "data.test=0.2" if private else "data.central_test=0.2 or data.test=0.2"
         self.observer.notice(
             f"nothing is held out to test the model on, so its loss in training is all there is; set {ways}"
         )
 
-    def _rounds(self, initial: Params, buffers: Collection[str], pool: WorkerPool | None) -> Params:
+    def _accounts(self, model: nn.Module) -> contextlib.AbstractContextManager[Accounts]:
+        if self.protection is None:
+            return contextlib.nullcontext(Accounts())
+        manifest = self.folder.read_manifest()
+        request = requests(self.experiment, f"{self.experiment.name} {manifest.created_at}", model)
+        return self.protection.accounts(request, self.data, self.folder.asked)
+
+    def _rounds(self, initial: Params, buffers: Collection[str], pool: WorkerPool | None, accounts: Accounts) -> Params:
         experiment, data = self.experiment, self.data
         names = data.client_ids()
 
@@ -180,13 +218,14 @@ class _Simulation:
         asynchrony = None
         runner: RoundStrategy
         if isinstance(self.strategy, FederatedStrategy):
-            runner = AlgorithmRunner(self.strategy.algorithm, initial, buffers)
-            asynchrony = self.strategy.asynchrony
+            strategy = accounts.guard(self.strategy)
+            runner = AlgorithmRunner(strategy.algorithm, initial, buffers)
+            asynchrony = strategy.asynchrony
         else:
             runner = StockStrategy(self.strategy, experiment.seed, client_name)
         cohort = Cohort(experiment, self.sizes, asynchrony)
         start = self._start(Checkpoint(0, initial, runner.state))
-        site = Site(self.places.base, ClientState(self.folder.clients), self.device)
+        site = Site(self.places.base, ClientState(self.folder.clients), self.device, accounts.budget)
         engine: Engine
         if pool is None:
             engine = InProcess(make_client_app(experiment, self.task, data, site), names)
@@ -195,7 +234,10 @@ class _Simulation:
             engine = Workers(pool, (experiment, data, site), Arena.size_for(initial) + beside)
         grid = SimulationGrid(engine, len(names))
         central = self._central_evaluation()
-        return Server(experiment, runner, cohort, grid, self.folder, client_name, central, self.observer).run(start)
+        server = Server(
+            experiment, runner, cohort, grid, self.folder, client_name, central, self.observer, accounts.spending
+        )
+        return server.run(start)
 
     def _start(self, fresh: Checkpoint) -> Checkpoint:
         """Take up the newest whole checkpoint; forget what was recorded after it."""
@@ -215,6 +257,8 @@ class _Simulation:
     def _central_evaluation(self) -> Callable[[Params], dict[str, float]]:
         if self.experiment.personalization.private:
             return lambda _: {}  # a model without its private parts is nobody's
+        if self.experiment.privacy and self.data.dataset.test_targets is None:
+            return lambda _: {}  # the clients' own test examples are theirs
         examples = self.data.central_test()
         model = build_model(self.task, self.experiment.seed).to(self.device)
 

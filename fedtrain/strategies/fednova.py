@@ -18,7 +18,6 @@ import torch
 from fedtrain.experiment.sections import SgdSection, TrainingSection
 from fedtrain.params import Params, RunningMean, add, scaled
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
-from fedtrain.training.loop import local_steps
 from fedtrain.training.rules import LocalEnd, LocalRule
 from fedtrain.wire import Update
 
@@ -45,7 +44,7 @@ def _algorithm(training: TrainingSection, momentum: float) -> Algorithm:
 
     def objection(update: Update) -> str | None:
         # A gradient enters at most 1 + momentum + momentum^2 + ... times; who has little time takes fewer steps.
-        most = local_steps(update.num_examples, training) / (1 - momentum)
+        most = training.steps_for(update.num_examples) / (1 - momentum)
         normalizer = float(update.extra["normalizer"])
         return None if 1 <= normalizer <= most else f"normalizer: got {normalizer:g}; expected 1 to {most:g}"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import math
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,16 +15,21 @@ from torch import Tensor, nn
 
 from fedtrain import params as P
 from fedtrain.data.base import Examples
+from fedtrain.errors import PrivacyError
+from fedtrain.experiment.privacy import SamplePrivacy
 from fedtrain.experiment.sections import TrainingSection
 from fedtrain.params import Params
-from fedtrain.seeds import generator, global_torch_seed
+from fedtrain.privacy.accounting import Spend
+from fedtrain.privacy.rng import NoiseSource
+from fedtrain.privacy.sample import PrivateGradients
+from fedtrain.seeds import generator, global_torch_seed, seed_of
 from fedtrain.tasks.base import Task
 from fedtrain.training.evaluation import evaluate
 from fedtrain.training.layout import in_layout, memory_format
 from fedtrain.training.optimizer import make_step
 from fedtrain.training.rules import LocalEnd, LocalRule, LocalStart, Tensors
 
-__all__ = ["Assignment", "LocalResult", "Recipe", "Trainer", "build_model", "is_private", "local_steps"]
+__all__ = ["Assignment", "LocalResult", "Recipe", "Trainer", "build_model", "is_private"]
 
 _LOSS_BATCH = 1000  # examples per forward pass where a rule asks for the mean loss; part of it to the last bit
 
@@ -37,12 +44,14 @@ class Recipe:
         personal_rule: by which a personal model is trained beside the global one; None for no such model. It needs no
             `finish`: the model itself is all that is kept.
         private: patterns of parameter names that never leave the client, such as "head.*".
+        privacy: clients train by DP-SGD; None for plainly.
     """
 
     training: TrainingSection
     rule: LocalRule | None = None
     personal_rule: LocalRule | None = None
     private: tuple[str, ...] = ()
+    privacy: SamplePrivacy | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Assignment:
         kept: what this client kept from its last round; empty in the first.
         lr_factor: factor of the learning rate in this round.
         work: share of the local steps that there is time for; at least one step is taken.
+        charge: what the round spends, where the recipe is private; its steps are those taken.
     """
 
     round_number: int
@@ -66,6 +76,7 @@ class Assignment:
     kept: Mapping[str, Any] = field(default_factory=dict)
     lr_factor: float = 1.0
     work: float = 1.0
+    charge: Spend | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class LocalResult:
     Attributes:
         delta: trained parameters minus the server's, contiguous CPU tensors.
         num_examples: examples in the client's training set.
-        loss: mean training loss over the examples seen, while the model changed.
+        loss: mean training loss over the examples seen, while the model changed; NaN where the recipe is private.
         extra: what the strategy wants beside the delta.
         kept: what stays on the client for its next round; empty if nothing does.
     """
@@ -97,6 +108,21 @@ class _Phase:
     kept: Mapping[str, Any] = field(default_factory=dict)
 
 
+class _Losses:
+    """Adds up losses as they come, and reads them once at the end."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._seen = 0
+
+    def add(self, mean: Tensor, examples: int) -> None:
+        self._sums.append(mean * examples)
+        self._seen += examples
+
+    def mean(self) -> float:
+        return float(torch.stack(self._sums).double().sum()) / self._seen if self._sums else math.nan
+
+
 def build_model(task: Task, seed: int) -> nn.Module:
     """Build the task's model with the initial weights of this run: the same on the server and on every client."""
     with global_torch_seed(seed, "model"):
@@ -106,19 +132,6 @@ def build_model(task: Task, seed: int) -> nn.Module:
 def is_private(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a parameter stays on the client: its name matches a pattern such as "head.*"."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def local_steps(size: int, training: TrainingSection, work: float = 1.0) -> int:
-    """Count the optimiser steps of a round.
-
-    Args:
-        size: examples in the client's training set, at least 1.
-        training: the experiment's training section.
-        work: share of the steps that there is time for; at least one is taken.
-    """
-    per_pass = -(-size // min(training.batch_size, size))
-    whole = training.local_steps or per_pass * (training.local_epochs or 1)
-    return max(1, int(whole * work + 1e-9))
 
 
 class Trainer:
@@ -147,6 +160,10 @@ class Trainer:
         self._names = [name for name in trained if name not in self._private]
         # The private ones last, for a rule sees only those before them.
         self._trained: list[Tensor] = [trained[n] for n in sorted(trained, key=self._private.__contains__)]
+        self._dp_sgd = None
+        if recipe.privacy:
+            self._dp_sgd = PrivateGradients(self.model, task.loss, self._trained, recipe.privacy)
+            self._noise = NoiseSource()
 
     def load(self, values: Params, kept: Mapping[str, Any]) -> None:
         """Write the server's parameters and a client's private ones into the model; forget all earlier clients."""
@@ -205,28 +222,52 @@ class Trainer:
         ruled = len(self._names)
         self.model.train()
         step = make_step(training.optimizer, self._trained, assignment.lr_factor)
-        steps = local_steps(len(examples), training, assignment.work)
-        losses: list[Tensor] = []
-        seen = 0
-        names = (assignment.round_number, assignment.client_id)
-        rng = generator(self._seed, phase.stream, *names)
-        with global_torch_seed(self._seed, "dropout", phase.stream, *names):
-            for inputs, targets in _batches(examples, training.batch_size, steps, rng):
-                example_losses = self._task.loss(self.model(inputs), targets)
-                loss = example_losses.mean()
-                gradients: Tensors = torch.autograd.grad(loss, self._trained, materialize_grads=True)
+        losses = _Losses()
+        steps = training.steps_for(len(examples), assignment.work)
+        source = self._plain_gradients(assignment, examples, phase, losses)
+        seed = self._seed
+        if self._dp_sgd:
+            assert assignment.charge is not None, "whoever trains privately has paid for it"
+            noise, seed = self._randomness(assignment)
+            steps = assignment.charge.steps
+            source = self._dp_sgd.steps(examples.inputs, examples.targets, assignment.charge, noise)
+        with global_torch_seed(seed, "dropout", phase.stream, assignment.round_number, assignment.client_id):
+            for gradients in source:
                 if correct:
                     gradients = [*correct(state, self._trained[:ruled], gradients[:ruled]), *gradients[ruled:]]
                 step(gradients)
-                losses.append(loss.detach() * len(targets))
-                seen += len(targets)
-        mean_loss = float(torch.stack(losses).double().sum()) / seen
+        mean_loss = losses.mean()
         if rule is None or rule.finish is None:
             return mean_loss, {}, {}
         return mean_loss, *rule.finish(state, LocalEnd([p.detach().clone() for p in self._trained[:ruled]], steps))
 
+    def _plain_gradients(
+        self, assignment: Assignment, examples: Examples, phase: _Phase, losses: _Losses
+    ) -> Iterator[Tensors]:
+        """Yield the gradient of each batch's mean loss, for the model as it stands then."""
+        steps = phase.training.steps_for(len(examples), assignment.work)
+        rng = generator(self._seed, phase.stream, assignment.round_number, assignment.client_id)
+        for inputs, targets in _batches(examples, phase.training.batch_size, steps, rng):
+            loss = self._task.loss(self.model(inputs), targets).mean()
+            yield torch.autograd.grad(loss, self._trained, materialize_grads=True)
+            losses.add(loss.detach(), len(targets))
+
+    def _randomness(self, assignment: Assignment) -> tuple[NoiseSource, int]:
+        """Where noise and coins come from, and the seed of dropout: secret, unless the experiment gives a noise seed.
+
+        Whoever knew the dropout of each place in a batch would see examples move when one is left out.
+        """
+        assert self._recipe.privacy is not None
+        seed = self._recipe.privacy.noise_seed
+        if seed is None:
+            return self._noise, secrets.randbits(63)
+        seed = seed_of(seed, "noise", assignment.round_number, assignment.client_id)
+        return NoiseSource(seed), seed
+
     def _start(self, assignment: Assignment, examples: Examples, phase: _Phase) -> LocalStart:
         def mean_loss() -> float:
+            if self._dp_sgd:
+                raise PrivacyError("under privacy a strategy's rule must not ask for the mean loss: it has no noise")
             return evaluate(self.model, self._task, examples, _LOSS_BATCH)["loss"]
 
         return LocalStart(

@@ -157,7 +157,7 @@ def test_a_missing_section_is_a_fault(faults):
     ("text", "path", "hint"),
     [
         ("roundz = 3\n", "roundz", "Did you mean rounds?"),
-        ("lr = 0.1\n", "lr", "Did you mean training.optimizer.lr?"),
+        ("lr = 0.1\n", "lr", "Did you mean training.optimizer.lr or privacy.adaptive_clipping.lr?"),
         ("batch_size = 8\n", "batch_size", "Did you mean training.batch_size or evaluation.batch_size?"),
         ("clients = 100\n", "clients", "Did you mean data.clients?"),
         ("training.optimiser.lr = 0.1\n", "training.optimiser", "Did you mean optimizer?"),

@@ -10,6 +10,9 @@ from typing import Any
 from flwr.app import Message
 
 from fedtrain.cli import main
+from fedtrain.privacy.ledger import Ledger
+from fedtrain.privacy.policy import Policy, Request
+from fedtrain.records import RoundRecord
 from fedtrain.rundir import Checkpoint, RunFolder
 from fedtrain.server.rounds import Server
 
@@ -46,11 +49,32 @@ def after_the_last_round(_folder: RunFolder, _state: object) -> str:
     return ""
 
 
+def after_the_reservation(ledger: Ledger, request: Request, policy: Policy) -> str:
+    name = reserve(ledger, request, policy)
+    return die() or name if request.round_number == 2 else name  # type: ignore[func-returns-value]
+
+
+def after_the_commit(ledger: Ledger, reservation: str, steps_taken: int, update_sha256: str | None = None) -> None:
+    commit(ledger, reservation, steps_taken, update_sha256)
+    if ledger.summary(1e-3).rounds == 2:
+        die()
+
+
+def with_the_noise_in_the_model(server: Server, record: RoundRecord) -> None:
+    if record.round_number == 2:
+        die()
+    finish(server, record)
+
+
 write_checkpoint = RunFolder.write_checkpoint
+reserve, commit, finish = Ledger.reserve, Ledger.commit, Server._finish
 POINTS = {
     "before-round-1": (Server, "_record_untrained", before_round_1),
     "mid-round": (Server, "_counted", in_mid_round),
     "checkpoint": (RunFolder, "write_checkpoint", while_the_checkpoint_is_written),
+    "reserved": (Ledger, "reserve", after_the_reservation),
+    "committed": (Ledger, "commit", after_the_commit),
+    "released": (Server, "_finish", with_the_noise_in_the_model),
     "after-last-round": (RunFolder, "write_model", after_the_last_round),
 }
 

@@ -40,6 +40,16 @@ def test_mnist_example_of_opacus(noise: float, epochs: int, expected: float) -> 
     assert epsilon(history, 1e-5, "rdp").value == pytest.approx(expected, rel=0.005)  # of whole orders
 
 
+@pytest.mark.parametrize(("noise", "epochs", "expected"), [(0.7, 45, 6.86), (1.1, 60, 2.91), (1.3, 15, 1.16)])
+def test_mnist_example_of_opacus_by_the_conversion_of_its_time(noise: float, epochs: int, expected: float) -> None:
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    orders = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64))
+    divergences = compute_rdp(q=0.004, noise_multiplier=noise, steps=epochs * 250, orders=orders)
+    bounds = [rdp - math.log(1e-5) / (order - 1) for rdp, order in zip(divergences, orders)]
+    assert min(bounds) == pytest.approx(expected, rel=0.005)
+
+
 @pytest.mark.parametrize(("noise", "rate", "steps"), [(1, 0.05, 950), (0.6, 0.3, 20), (2, 0.01, 300)])
 def test_opacus_accountants_agree(noise: float, rate: float, steps: int) -> None:
     from opacus.accountants import PRVAccountant, RDPAccountant

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedtrain.experiment.sections import Experiment
-from fedtrain.records import DataSummary, Heterogeneity, Manifest, RoundRecord
+from fedtrain.records import DataSummary, Heterogeneity, Manifest, PrivacySummary, RoundRecord
 from fedtrain.report.view import RunView
 
 EXPERIMENT_TEXT = """\
@@ -119,8 +119,34 @@ def _records(rounds: int = 40, clients: int = 20) -> list[RoundRecord]:
 
 
 def _run(**changes: Any) -> RunView:
-    run = RunView(_experiment(), EXPERIMENT_TEXT, _manifest(), _records(), _data())
+    run = RunView(_experiment(), EXPERIMENT_TEXT, _manifest(), _records(), _data(), None)
     return replace(run, **changes)
+
+
+def _promise(**changes: Any) -> PrivacySummary:
+    values: dict[str, Any] = {
+        "unit": "sample",
+        "relation": "add/remove one",
+        "delta": 1e-5,
+        "accountant": "prv",
+        "sampling": "Poisson",
+        "planned_epsilon": 8.0,
+        "noise_multiplier": (0.83, 1.42),
+        "sample_rate": (0.125, 0.5),
+        "steps": (3, 24),
+        "participations": 22,
+        "clipping": "each example's gradient to L2 norm 1 (fast)",
+        "seeded": False,
+        "ledgers": "ledgers",
+    }
+    return PrivacySummary.model_validate(values | changes)
+
+
+def _private_run(promise: dict[str, Any] | None = None, rounds: int = 40, **changes: Any) -> RunView:
+    """Each round but the first evaluation adds 0.195 to epsilon."""
+    told = {"train": {}, "num_examples": 0, "clients": {}, "per_client": {}}
+    records = [record.model_copy(update=told | {"epsilon": 0.195 * record.round_number}) for record in _records(rounds)]
+    return _run(**{"records": records, "privacy": _promise(**promise or {})} | changes)
 
 
 @pytest.fixture(scope="session")
@@ -147,6 +173,12 @@ def make_records() -> Callable[..., list[RoundRecord]]:
 def make_run() -> Callable[..., RunView]:
     """Any field of RunView may be given in place of the fake one."""
     return _run
+
+
+@pytest.fixture(scope="session")
+def make_private_run() -> Callable[..., RunView]:
+    """`promise` holds fields of PrivacySummary, all others are those of RunView."""
+    return _private_run
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from fedtrain.report.charts import convergence, label_map, largest_share, per_client
+from fedtrain.records import RoundRecord
+from fedtrain.report.charts import convergence, label_map, largest_share, per_client, spending
 from fedtrain.report.view import Facts, client_scores
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -85,6 +86,25 @@ def test_personal_models_have_a_curve_of_their_own(charts, make_run, make_record
     by_round, *_ = convergence(run, Facts.of(run))
     assert by_round.count("stroke: var(--personal)") == 2  # metric and loss
     assert charts[0].count("stroke: var(--personal)") == 0
+
+
+def test_epsilon_is_drawn_over_rounds_and_buys_accuracy(make_private_run):
+    run = make_private_run(rounds=3)
+    over_rounds, bought = spending(run, Facts.of(run))
+    assert ">epsilon<" in over_rounds
+    assert ">rounds<" in over_rounds
+    assert over_rounds.count("fill: none; stroke: var(--privacy)") == 1
+    assert over_rounds.count("stroke-dasharray") == 1  # the planned epsilon
+    assert ">central accuracy<" in bought
+    assert ">epsilon<" in bought
+    assert bought.count("fill: none; stroke: var(--central)") == 1
+
+
+def test_what_was_not_spent_or_not_measured_is_not_drawn(make_private_run):
+    unmeasured = [RoundRecord(round_number=n, epsilon=1.0 * n) for n in range(3)]
+    for records, charts in ((unmeasured, 1), (unmeasured[:1], 0), ([], 0)):
+        run = make_private_run(records=records)
+        assert len(spending(run, Facts.of(run))) == charts
 
 
 def test_the_label_map_shades_by_share(make_data):

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
@@ -26,10 +27,13 @@ class Page(HTMLParser):
         self.targets: list[str] = []
         self.tables: dict[str, list[list[str]]] = {}
         self.words = ""
+        self.headers: list[str] = []
+        self._open = ""
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
+        self._open = tag
         attributes = dict(attrs)
         self.targets += [value for name, value in attrs if name in ("href", "xlink:href", "src", "action")]
         if "download" in attributes:
@@ -38,6 +42,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.words += data
+        if self._open == "th":
+            self.headers.append(data)
+
+    def handle_endtag(self, tag):
+        self._open = ""
 
 
 @pytest.fixture
@@ -142,6 +151,90 @@ def test_hostile_names_are_text_and_odd_values_are_named(page_of, hostile_run, t
         assert text in page.words
     # A spreadsheet that opens the table must not run a name.
     assert "'=cmd()" in [row[0] for row in page.tables["digits-noniid-clients.csv"]]
+
+
+@pytest.fixture(scope="module")
+def private_page(make_private_run, tmp_path_factory):
+    """The report of one private run, written once."""
+    path = tmp_path_factory.mktemp("private") / "report.html"
+    write_report(make_private_run(), path)
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_a_private_run_tells_what_it_spent_on_whom(private_page):
+    page = private_page
+    for text in (
+        "Privacy: epsilon 7.8 at delta 1e-05 (each example, add/remove one, PRV), planned 8",
+        "Epsilon spent by the client that spent most: 7.8 after 40 of 40 rounds; planned for the whole run: 8.",
+        "Over 40 rounds, each example is protected against everybody",
+        "Epsilon 7.8 means: ",
+        "Noise multiplier0.83 to 1.42, from client to client",
+        "such as how the data lies",
+    ):
+        assert text in page.words
+    for text in ("NOT PRIVATE", "Nothing is protected", "more than the planned", "not yet in the figure"):
+        assert text not in page.words
+    header, *rows = page.tables["digits-noniid-privacy.csv"]
+    assert header == ["round", "epsilon", "epsilon_of_round", "central_accuracy"]
+    assert (rows[0][:3], rows[2][:3], len(rows)) == (["0", "0", "0"], ["2", "0.39", "0.195"], 41)
+
+
+def test_the_rounds_of_a_private_run_show_epsilon_and_leave_out_what_it_does_not_tell(private_page, html):
+    private, plain = private_page, Page(html)
+    assert {"Epsilon", "of this round"} <= set(private.headers)
+    assert not {"Examples", "Training loss", "Ended"} & set(private.headers)
+    assert "0.390.195" in private.words  # the cells of round 2
+    assert {"Examples", "Training loss"} <= set(plain.headers)
+    assert not {"Epsilon", "of this round"} & set(plain.headers)
+
+
+def test_a_plain_run_says_in_one_line_that_nothing_is_protected(html):
+    page = Page(html)
+    assert page.words.count("Nothing is protected: the updates that clients send may tell of their examples.") == 1
+    assert not [text for text in ("psilon", "NOT PRIVATE", "Ended") if text in page.words]
+
+
+@pytest.mark.parametrize(
+    ("records", "section"),
+    [([], "NOT PRIVATE</p>"), (None, "NOT PRIVATE: the noise follows from a seed")],
+    ids=["before its first record", "finished"],
+)
+def test_seeded_noise_is_not_private_in_red_at_the_top_and_in_its_section(
+    page_of, make_private_run, tmp_path, records, section
+):
+    run = make_private_run({"seeded": True, "ledgers": ""}, rounds=1)
+    words = page_of(run if records is None else replace(run, records=records, data=None)).words
+    assert ("Nothing recorded yet; planned for the whole run: 8." in words) == (records == [])
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    top, below = (place.start() for place in re.finditer('<p class="alarm">NOT PRIVATE', text))
+    assert top < text.index('<p class="headline">') < text.index("<h2>Privacy</h2>") < below
+    assert text[below:].startswith(f'<p class="alarm">{section}')
+    assert ".alarm { margin: 0 0 .75rem; color: var(--alarm); font-size: 2rem" in text
+
+
+def test_a_private_run_that_spent_too_much_is_unfinished_and_lost_clients_says_so(
+    page_of, make_private_run, make_manifest
+):
+    run = make_private_run({"planned_epsilon": 0.3, "unit": "client", "delta": 0.1}, rounds=2)
+    *earlier, last = run.records
+    gone = {"ended": ["zoe", "<b>"], "quarantined": {"eve": "NaN"}, "set_aside": ["eve"]}
+    records, interrupted = [*earlier, last.model_copy(update=gone)], make_manifest(status="interrupted")
+    page = page_of(replace(run, records=records, manifest=interrupted))
+    for text in (
+        "Epsilon 0.39 was spent, more than the planned 0.3",
+        "Delta 0.1 is not below 1/20",
+        "Epsilon spent: 0.39 after 2 of 40 rounds",
+        "not yet in the figure",
+        "such as who took part",
+        "Quarantined updates and clients that have ended",
+        "NaN Set aside for the rest of the run.",
+        "its budget or its policy allows no more Ended: takes no further part.",
+        "zoe in round 2, <b> in round 2",
+    ):
+        assert text in page.words
+    assert page.words.count("Ended: takes no further part.") == 2
+    assert "Ended" in page.headers
+    assert "b" not in page.tags
 
 
 @pytest.mark.parametrize("rounds", [0, 1])

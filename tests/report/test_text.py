@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fedtrain.records import RoundRecord
-from fedtrain.report.text import show_bytes, show_metric, show_seconds, summary_lines
+from fedtrain.report.text import show_bytes, show_epsilon, show_metric, show_seconds, summary_lines
 
 
 def test_a_complete_run_reads_like_this(make_run):
@@ -47,6 +47,55 @@ def test_clients_that_are_set_aside_are_named_with_their_round(make_run):
     records = [RoundRecord(round_number=n, set_aside=clients) for n, clients in enumerate(gone, 1)]
     line = "Set aside for the rest of the run: a in round 1, b in round 2, c in round 2 and 1 more."
     assert summary_lines(make_run(records=records))[-1] == line
+
+
+def test_clients_that_have_ended_are_named_with_their_round(make_private_run):
+    records = [RoundRecord(round_number=n, ended=clients) for n, clients in ((3, ["a"]), (5, ["b"]))]
+    line = "Ended, for their budget or policy allows no more: a in round 3, b in round 5."
+    assert summary_lines(make_private_run(records=records))[-1] == line
+
+
+def private(epsilon, **promise):
+    return {"promise": promise, "records": [RoundRecord(round_number=3, epsilon=epsilon)], "data": None}
+
+
+@pytest.mark.parametrize(
+    ("run", "line"),
+    [
+        (
+            private(7.9949, unit="client", delta=1e-3),
+            "Privacy: epsilon 7.99 at delta 0.001 (each client, add/remove one, PRV), planned 8; "
+            "the server must be trusted.",
+        ),
+        (
+            private(8.63, accountant="rdp"),
+            "Privacy: epsilon 8.63 at delta 1e-05 (each example, add/remove one, RDP), more than the planned 8; "
+            "the client's own machine must be trusted.",
+        ),
+        (
+            private(2.0, sampling="none", relation="blank one"),
+            "Privacy: epsilon 2 at delta 1e-05 (each example, blank one, PRV), planned 8; "
+            "the client's own machine must be trusted.",
+        ),
+        (
+            private(2.0, seeded=True),
+            "NOT PRIVATE: the noise follows from a seed; with secret noise, epsilon 2 at delta 1e-05 "
+            "(each example, add/remove one, PRV), planned 8.",
+        ),
+        (
+            private(math.inf, planned_epsilon=math.inf),
+            "NOT PRIVATE: epsilon infinite at delta 1e-05 (each example, add/remove one, PRV), planned infinite.",
+        ),
+        (private(None), "Privacy: nothing recorded yet; planned epsilon 8."),
+        (private(None, seeded=True), "NOT PRIVATE: nothing recorded yet; planned epsilon 8."),
+    ],
+)
+def test_privacy_is_one_line(make_private_run, run, line):
+    assert summary_lines(make_private_run(**run))[1] == line
+
+
+def test_a_plain_run_has_no_line_of_privacy(make_run):
+    assert not [line for line in summary_lines(make_run()) if "rivacy" in line or "PRIVATE" in line]
 
 
 def test_late_clients_are_told_with_their_share(make_run):
@@ -127,6 +176,15 @@ def test_names_reach_the_terminal_without_control_characters(hostile_run):
 )
 def test_metrics(metric, value, text):
     assert show_metric(metric, value) == text
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "text"),
+    [(0.0, "0"), (0.012345, "0.0123"), (7.996, "8"), (51.72, "51.7"), (12345.6, "12,346"), (math.inf, "infinite")],
+)
+def test_epsilons(epsilon, text):
+    assert show_epsilon(epsilon) == text
+    assert show_epsilon(None) == "-"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fedtrain.records import PERSONAL, RoundRecord
-from fedtrain.report.view import Facts, Spread, client_scores, higher_is_better, measured
+from fedtrain.report.view import Facts, Spread, client_scores, guarantee, higher_is_better, measured
 
 
 def rounds(metric, *values):
@@ -61,6 +61,30 @@ def test_facts_of_late_asynchronous_and_set_aside_clients(make_run):
     assert facts.virtual_seconds == 90.5
     assert facts.set_aside == ((2, "d"),)
     assert (facts.personal, facts.not_personal) == (None, None)
+
+
+def test_epsilon_is_the_last_records_and_clients_end_in_a_round(make_private_run):
+    spent = [(0, 0.0, []), (1, 3.0, ["a"]), (2, 4.5, ["b", "c"])]
+    records = [RoundRecord(round_number=n, epsilon=epsilon, ended=ended) for n, epsilon, ended in spent]
+    facts = Facts.of(make_private_run(records=records))
+    assert facts.epsilon == 4.5
+    assert facts.ended == ((1, "a"), (2, "b"), (2, "c"))
+    assert not facts.not_private
+    assert Facts.of(make_private_run(records=[])).epsilon is None
+
+
+def test_an_epsilon_that_protects_nobody_is_told_apart(make_private_run, make_run):
+    boundless = [RoundRecord(round_number=1, epsilon=math.inf)]
+    assert Facts.of(make_private_run(records=boundless)).not_private
+    assert Facts.of(make_private_run({"seeded": True}, records=[])).not_private
+    assert not Facts.of(make_run()).not_private  # it promises nothing
+
+
+def test_a_guarantee_is_the_promise_with_what_was_spent(make_private_run):
+    promise = make_private_run({"unit": "client", "delta": 1e-3, "accountant": "rdp", "seeded": True}).privacy
+    spent = guarantee(promise, 2.5, 7)
+    assert (spent.epsilon, spent.rounds, spent.delta) == (2.5, 7, 1e-3)
+    assert (spent.unit, spent.accountant, spent.sampling, spent.seeded) == ("client", "rdp", "Poisson", True)
 
 
 def test_personal_models_are_compared_on_the_clients_that_have_one(make_run):

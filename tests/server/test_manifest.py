@@ -132,7 +132,7 @@ def test_other_data_are_refused(
     interrupted: Callable[[int], Path], tiny: Path, simulated: Simulated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = interrupted(2)
-    monkeypatch.setattr("fedtrain.data.federated.PartitionedData.fingerprint", lambda _: "f" * 64)
+    monkeypatch.setattr("fedtrain.data.federated.PartitionedData.fingerprint", lambda *_: "f" * 64)
     with pytest.raises(RunFolderError, match="the data have changed since this run was started"):
         simulated(tiny, "run")
     assert rounds(folder) == [0, 1]

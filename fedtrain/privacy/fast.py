@@ -1,0 +1,221 @@
+"""Clipped gradients by book-keeping: one backward pass, and per example nothing larger than it must be.
+
+References:
+    Bu, Wang, Zha, Karypis, "Differentially Private Optimization on Large Foundation Models", ICML 2023, algorithm 1
+    (one backward pass; the sum of clipped gradients from what it leaves).
+    Goodfellow, "Efficient Per-Example Gradient Computations", 2015 (the norm from inputs and output gradients).
+    Bu, Mao, Xu, "Scalable and Efficient Training of Large Convolutional Neural Networks with Differential Privacy",
+    NeurIPS 2022, section 3.3 (for each layer the cheaper of two norms).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
+
+from fedtrain.errors import TaskError
+from fedtrain.privacy.clipping import ExampleGradients, Layer, squared_norms
+from fedtrain.privacy.watching import output_gradients, watched
+
+__all__ = ["FastEngine", "covers"]
+
+
+class _Part(NamedTuple):
+    """What one layer gives."""
+
+    squares: Tensor  # (B,), float64
+    weighted: Callable[[Tensor], dict[str, Tensor]]  # factors (B,) -> parameter's name in the module -> sum
+
+
+def covers(layer: Layer) -> bool:
+    """Whether book-keeping knows this layer."""
+    module = layer.module
+    if layer.shared or type(module) not in _KINDS:
+        return False
+    # Other paddings are copies of the input, and "same" may be uneven.
+    return not isinstance(module, nn.Conv2d) or (module.padding_mode == "zeros" and not isinstance(module.padding, str))
+
+
+class FastEngine:
+    """Compute what clipping needs of a model whose trained parameters all belong to layers that are covered."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        trained: Sequence[Tensor],
+        layers: Sequence[Layer],
+    ) -> None:
+        self._model, self._loss, self._trained, self._layers = model, loss, trained, layers
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> ExampleGradients:
+        size = len(inputs)
+        with watched([(layer.name, layer.module) for layer in self._layers], size) as calls:
+            losses = self._loss(self._model(inputs), targets)
+        gradients = output_gradients(losses, calls)
+        parts: list[tuple[Layer, _Part] | None] = []
+        for layer, made, passed in zip(self._layers, calls, gradients):
+            used = [(call.input, g) for call, g in zip(made, passed) if g is not None]
+            if any(call.input._version != call.version for call in made):
+                raise TaskError(
+                    f"the input of {layer.name} is changed in place after its use, which hides the layer's gradient",
+                    hint="Write x = x + y in place of x += y there",
+                )
+            parts.append((layer, _KINDS[type(layer.module)](layer, *map(list, zip(*used)))) if used else None)
+        nothing = torch.zeros(size, dtype=torch.float64, device=losses.device)
+        squares = torch.stack([part[1].squares if part else nothing for part in parts])
+
+        def weighted(factors: Tensor) -> list[Tensor]:
+            factors = factors.to(losses.dtype)
+            sums: dict[int, Tensor] = {}
+            for part, of_layer in zip(parts, factors):
+                if part:
+                    layer, (_, weigh) = part
+                    sums |= {layer.own[name]: total for name, total in weigh(of_layer).items()}
+            return [sums[i] if i in sums else torch.zeros_like(p) for i, p in enumerate(self._trained)]
+
+        return ExampleGradients(squares, weighted)
+
+
+def _linear(layer: Layer, inputs: list[Tensor], gradients: list[Tensor]) -> _Part:
+    """Of y = W x + b: the weight's gradient is the sum over positions of g x^T, the bias's that of g."""
+    x, g = _sequence(inputs), _sequence(gradients)
+    positions, biased = x.shape[1], "bias" in layer.own
+    if "weight" not in layer.own:
+        return _instantiated(layer, {"bias": g.sum(1)})
+    if positions > 1 and 2 * positions**2 >= x.shape[2] * g.shape[2]:
+        return _instantiated(layer, {"weight": g.mT @ x} | ({"bias": g.sum(1)} if biased else {}))
+
+    def weighted(factors: Tensor) -> dict[str, Tensor]:
+        scaled = (g * factors[:, None, None]).flatten(0, 1)
+        sums = {"weight": scaled.mT @ x.flatten(0, 1)}
+        return sums | {"bias": scaled.sum(0)} if biased else sums
+
+    return _Part(_outer_squares(x, g, biased), weighted)
+
+
+def _conv2d(layer: Layer, inputs: list[Tensor], gradients: list[Tensor]) -> _Part:
+    """As a linear layer of patches: where there are few of them, else as it is."""
+    module: Any = layer.module
+    positions, biased = gradients[0][0, 0].numel(), "bias" in layer.own
+    biases: dict[str, Any] = {"bias": sum(g.sum((2, 3)) for g in gradients)} if biased else {}
+    if "weight" not in layer.own:
+        return _instantiated(layer, biases)
+    if len(inputs) > 1 or module.groups > 1 or 2 * positions**2 >= module.weight.numel():
+        weights = sum(_conv2d_weights(module, x, g) for x, g in zip(inputs, gradients))
+        return _instantiated(layer, {"weight": weights, **biases})
+    x, g = inputs[0], gradients[0]
+    patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+
+    def weighted(factors: Tensor) -> dict[str, Tensor]:
+        scaled = g * factors[:, None, None, None]
+        weight = conv2d_weight(  # type: ignore[no-untyped-call]
+            x, module.weight.shape, scaled, module.stride, module.padding, module.dilation
+        )
+        return {"weight": weight} | {name: factors @ bias for name, bias in biases.items()}
+
+    return _Part(_outer_squares(patches.mT, g.flatten(2).mT, biased), weighted)
+
+
+def _conv2d_weights(module: Any, x: Tensor, g: Tensor) -> Tensor:
+    """Each example's gradient of the weight `(B, *weight.shape)`: examples are groups of one large convolution."""
+    size, shape = len(x), module.weight.shape
+    found: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
+        x.reshape(1, -1, *x.shape[2:]),
+        (size * shape[0], *shape[1:]),
+        g.reshape(1, -1, *g.shape[2:]),
+        module.stride,
+        module.padding,
+        module.dilation,
+        size * module.groups,
+    )
+    return found.view(size, *shape)
+
+
+def _embedding(layer: Layer, inputs: list[Tensor], gradients: list[Tensor]) -> _Part:
+    module: Any = layer.module
+    tokens, g = torch.cat([t.reshape(len(t), -1) for t in inputs], 1), _sequence(gradients)
+    if module.padding_idx is not None:
+        g = g.masked_fill((tokens == module.padding_idx)[:, :, None], 0)
+    # Positions with the same token in the same example add up before they are squared.
+    examples = torch.arange(len(tokens), device=tokens.device)
+    pairs, place = torch.unique(tokens + module.num_embeddings * examples[:, None], return_inverse=True)
+    rows = g.new_zeros(len(pairs), g.shape[2]).index_add_(0, place.flatten(), g.flatten(0, 1))
+    squares = torch.zeros(len(tokens), dtype=torch.float64, device=g.device)
+    squares.index_add_(0, pairs // module.num_embeddings, squared_norms(rows))
+
+    def weighted(factors: Tensor) -> dict[str, Tensor]:
+        scaled = (g * factors[:, None, None]).flatten(0, 1)
+        return {"weight": torch.zeros_like(module.weight).index_add_(0, tokens.flatten(), scaled)}
+
+    return _Part(squares, weighted)
+
+
+def _layer_norm(layer: Layer, inputs: list[Tensor], gradients: list[Tensor]) -> _Part:
+    module: Any = layer.module
+    shape = module.normalized_shape
+    x, g = (torch.cat([t.reshape(len(t), -1, *shape) for t in tensors], 1) for tensors in (inputs, gradients))
+    normalized = F.layer_norm(x, shape, eps=module.eps)
+    return _affine(layer, (g * normalized).sum(1), g.sum(1))
+
+
+def _group_norm(layer: Layer, inputs: list[Tensor], gradients: list[Tensor]) -> _Part:
+    module: Any = layer.module
+    normalized = [F.group_norm(x, module.num_groups, eps=module.eps) for x in inputs]
+    channels = [g.reshape(*g.shape[:2], -1) for g in gradients]
+    weights = sum((g * n.reshape(g.shape)).sum(2) for g, n in zip(channels, normalized))
+    return _affine(layer, weights, sum(g.sum(2) for g in channels))
+
+
+def _affine(layer: Layer, weights: Any, biases: Any) -> _Part:
+    found = {"weight": weights, "bias": biases}
+    return _instantiated(layer, {name: found[name] for name in layer.own})
+
+
+def _instantiated(layer: Layer, gradients: dict[str, Any]) -> _Part:
+    """From each example's gradients `(B, *shape)`, as they are."""
+    flat: dict[str, Tensor] = {name: g.flatten(1) for name, g in gradients.items()}
+
+    def weighted(factors: Tensor) -> dict[str, Tensor]:
+        return {name: (factors @ g).view(getattr(layer.module, name).shape) for name, g in flat.items()}
+
+    return _Part(torch.stack([squared_norms(g) for g in flat.values()]).sum(0), weighted)
+
+
+def _outer_squares(x: Tensor, g: Tensor, biased: bool) -> Tensor:
+    """Squared norms of the sums over positions of g x^T, from `(B, T, d)` and `(B, T, p)`, without these matrices.
+
+    In float64: products of positions that almost cancel would leave float32's rounding, and a tiny gradient times a
+    huge input would vanish before the two meet. Either is a norm that is too small, and a gradient that is too large.
+
+    Args:
+        x: inputs.
+        g: output gradients.
+        biased: count the bias's gradient too, as if x had one more entry, which is 1.
+    """
+    if x.shape[1] == 1:
+        along, across = (torch.linalg.vector_norm(t[:, 0], dim=1, dtype=torch.float64).square() for t in (x, g))
+        squares: Tensor = (along + float(biased)) * across
+        return squares
+    x, g = x.double(), g.double()
+    return ((x @ x.mT + float(biased)) * (g @ g.mT)).sum((1, 2)).clamp(min=0)
+
+
+def _sequence(tensors: Sequence[Tensor]) -> Tensor:
+    """All calls of a layer as one sequence of positions: `(B, T, width)`."""
+    rows = [t.reshape(len(t), -1, t.shape[-1]) for t in tensors]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+
+_KINDS: dict[type[nn.Module], Callable[[Layer, list[Tensor], list[Tensor]], _Part]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv2d,
+    nn.Embedding: _embedding,
+    nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+}

@@ -1,0 +1,112 @@
+"""Sample-level differential privacy: the gradient of DP-SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedtrain.errors import InputError, RunError
+from fedtrain.experiment.privacy import SamplePrivacy
+from fedtrain.privacy.accounting import Spend
+from fedtrain.privacy.clipping import Clip, Engine, clipped_sum, layers_of
+from fedtrain.privacy.fast import FastEngine, covers
+from fedtrain.privacy.gradients import OpacusEngine
+from fedtrain.privacy.rng import NoiseSource
+from fedtrain.privacy.suitability import Trial, check_layers
+
+__all__ = ["PrivateGradients"]
+
+_LEAST_NORM = 1e-6  # far below, float32's smallest numbers would count as zero in a norm, and yet be sent
+
+
+class PrivateGradients:
+    """Compute DP-SGD's gradient: a Poisson sample, each example's gradient clipped, their sum with noise, over q n.
+
+    Args:
+        model: on any device; its names, hooks and buffers stay as they are.
+        loss: (outputs, targets) -> `(B,)`, each example's by itself.
+        trained: leaf parameters of the model, in the order in which gradients are wanted.
+        section: norm, clipping, mode and physical batch size.
+
+    Attributes:
+        mode: the mode in use. "auto" is resolved; "fast" falls back to "hooks" where a layer is not covered.
+
+    Raises:
+        TaskError: DP-SGD, or the mode, cannot take the model.
+
+    References:
+        Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        trained: Sequence[Tensor],
+        section: SamplePrivacy,
+    ) -> None:
+        if section.max_grad_norm < _LEAST_NORM:
+            raise InputError(
+                "privacy.max_grad_norm is too small to be measured",
+                got=section.max_grad_norm,
+                expected=f"at least {_LEAST_NORM:g}",
+            )
+        check_layers(model, trained)
+        layers = layers_of(model, trained)
+        per_layer = section.clipping == "per-layer"
+        if per_layer and section.mode == "ghost":
+            raise InputError(
+                'privacy.mode = "ghost" cannot clip per layer: it weights the whole loss of an example',
+                hint='Use clipping = "flat", or mode = "fast" or "hooks"',
+            )
+        self._trained, self._section = list(trained), section
+        self._clip = Clip(section.max_grad_norm, per_layer)
+        self._trial: Trial | None = Trial(model, loss, self._trained, layers)
+        self._engine: Engine
+        if section.mode in ("auto", "fast") and all(map(covers, layers)):
+            self.mode = "fast"
+            self._engine = FastEngine(model, loss, self._trained, layers)
+        else:
+            self.mode = "hooks" if section.mode in ("auto", "fast") else section.mode
+            self._engine = OpacusEngine(model, loss, self._trained, layers, self.mode)
+
+    def steps(self, inputs: Tensor, targets: Tensor, charge: Spend, noise: NoiseSource) -> Iterator[list[Tensor]]:
+        """Yield `charge.steps` gradients, each for the model as it then stands.
+
+        A step whose sample is empty is a noise-only step.
+
+        Args:
+            inputs: `(n, ...)`, all examples, on the model's device.
+            targets: `(n, ...)`.
+            charge: what has been reserved: noise multiplier, sample rate and steps.
+            noise: where coins and noise come from.
+
+        Yields:
+            Tensors in the order of `trained`, for the caller to use up.
+        """
+        expected_batch = charge.sample_rate * len(inputs)
+        if not expected_batch:
+            raise RunError("DP-SGD has nothing to sample", got=f"sample rate {charge.sample_rate} of {len(inputs)}")
+        if self._trial:
+            self._trial.run(self._engine, inputs, targets)
+            self._trial = None
+        std = charge.noise_multiplier * self._section.max_grad_norm
+        for _ in range(charge.steps):
+            rows = noise.poisson_mask(len(inputs), charge.sample_rate).nonzero()[:, 0].to(inputs.device)
+            noised = [noise.add_noise(total, std) for total in self._clipped_sum(inputs[rows], targets[rows])]
+            torch._foreach_div_(noised, expected_batch)
+            yield noised
+
+    def _clipped_sum(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        total: list[Tensor] | None = None
+        size = self._section.physical_batch_size
+        for first in range(0, len(inputs), size):
+            chunk = slice(first, first + size)
+            part = clipped_sum(self._engine, inputs[chunk], targets[chunk], self._clip)
+            if total is None:
+                total = part
+            elif part is not None:
+                torch._foreach_add_(total, part)
+        return [torch.zeros_like(p) for p in self._trained] if total is None else total

@@ -1,0 +1,228 @@
+"""What a private simulation needs besides a plain one: a plan, a policy, ledgers, and somebody who keeps count."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from fedtrain.client.budget import Budget
+from fedtrain.data.federated import PartitionedData
+from fedtrain.errors import InputError, PolicyError, TaskError
+from fedtrain.experiment.load import identity
+from fedtrain.experiment.privacy import ClientPrivacy, SamplePrivacy
+from fedtrain.experiment.sections import Experiment
+from fedtrain.params import exchanged
+from fedtrain.privacy.accounting import Spend, bound_within
+from fedtrain.privacy.book import Account
+from fedtrain.privacy.ledger import Ledger
+from fedtrain.privacy.plan import ClientPlan, SamplePlan
+from fedtrain.privacy.policy import Policy, Request, load_policy
+from fedtrain.privacy.sample import PrivateGradients
+from fedtrain.records import PrivacySummary
+from fedtrain.rundir import RunFolder
+from fedtrain.server.privacy import CentralSpending, LocalSpending, Spending, privacy_plan
+from fedtrain.strategies.base import FederatedStrategy
+from fedtrain.strategies.central_dp import central_dp
+from fedtrain.tasks.base import Task
+from fedtrain.training.loop import build_model
+
+__all__ = ["Accounts", "Protection", "protection", "requests"]
+
+_UNLIMITED = 1e9  # of a policy that nobody wrote
+
+
+def _as_it_is(strategy: FederatedStrategy) -> FederatedStrategy:
+    return strategy
+
+
+class Accounts(NamedTuple):
+    """Who keeps count in a run; without privacy nobody does."""
+
+    spending: Spending | None = None
+    budget: Budget | None = None
+    guard: Callable[[FederatedStrategy], FederatedStrategy] = _as_it_is  # puts the server's noise before a strategy
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What protects the clients of a simulation, or their examples.
+
+    Attributes:
+        plan: what the run costs.
+        policy: what the clients' owner allows; where the server adds the noise, what the server may spend.
+        ledgers: folder of the ledgers; None where noise is seeded and nothing is protected.
+        mode: how clipped gradients are computed; "" where clients train plainly.
+        sizes: `(clients,)` training examples; 0 for clients that are not to be asked.
+    """
+
+    plan: SamplePlan | ClientPlan
+    policy: Policy
+    ledgers: Path | None
+    mode: str
+    sizes: npt.NDArray[np.int64]
+
+    def summary(self, folder: RunFolder) -> PrivacySummary:
+        """Say what a run in this folder promises."""
+        plan, section = self.plan, self.plan.section
+        planned = plan.whole_run()
+        guarantee = plan.guarantee(planned.value, self._rounds)
+        charges = self._charges()
+        noise, rates, steps = (
+            [getattr(charge, name) for charge in charges] for name in ("noise_multiplier", "sample_rate", "steps")
+        )
+        return PrivacySummary(
+            unit=section.unit,
+            relation=guarantee.relation,
+            delta=section.delta,
+            accountant=planned.accountant,
+            sampling=guarantee.sampling,
+            planned_epsilon=planned.value,
+            noise_multiplier=(min(noise), max(noise)),
+            sample_rate=(min(rates), max(rates)),
+            steps=(min(steps), max(steps)),
+            participations=self._rounds,
+            clipping=_clipping(section, self.mode),
+            seeded=section.noise_seed is not None,
+            ledgers=folder.ledgers.name if self.ledgers == folder.ledgers else str(self.ledgers or ""),
+        )
+
+    @contextlib.contextmanager
+    def accounts(self, request: Callable[..., Request], data: PartitionedData, journal: Path) -> Iterator[Accounts]:
+        """Open the accounts of a run.
+
+        Args:
+            request: as `requests` makes it.
+            data: of all clients.
+            journal: where the server notes whom it asks.
+
+        Raises:
+            PolicyError: the policy objects to the run as it is planned.
+            LedgerError: a ledger cannot be used.
+        """
+        plan, strict = self.plan, self.policy
+        for charge in self._charges():
+            if objections := strict.objections(request(round_number=1, **vars(charge))):
+                raise PolicyError(f"the policy does not allow this run: {'; '.join(objections)}")
+        if isinstance(plan, SamplePlan):
+            budget = Budget(plan, request, self.ledgers, strict, data)
+            yield Accounts(LocalSpending(plan, self.sizes, journal), budget)
+            return
+        ledger = None
+        if self.ledgers is not None:
+            account = Account("all clients", data.fingerprint(), "client")
+            ledger = Ledger(self.ledgers, account, bound_within(strict.max_epsilon))
+        with ledger or contextlib.nullcontext():
+            spending = CentralSpending(plan, request, ledger, strict)
+            charge = plan.charge
+            expected = charge.sample_rate * plan.num_clients
+            yield Accounts(
+                spending,
+                guard=lambda strategy: central_dp(strategy, plan.section, charge.noise_multiplier, expected, spending),
+            )
+
+    @property
+    def _rounds(self) -> int:
+        return self.plan.rounds if isinstance(self.plan, ClientPlan) else self.plan.participations
+
+    def _charges(self) -> list[Spend]:
+        plan = self.plan
+        if isinstance(plan, ClientPlan):
+            return [plan.charge]
+        return [plan.charge(size) for size in np.unique(self.sizes[self.sizes > 0]).tolist()]
+
+
+def protection(
+    experiment: Experiment,
+    places: tuple[Path, RunFolder],
+    data: PartitionedData,
+    sizes: npt.NDArray[np.int64],
+    task: Task,
+) -> Protection | None:
+    """Plan the protection that an experiment asks for; None if it asks for none.
+
+    Args:
+        experiment: with its [privacy] section.
+        places: the experiment file's folder, and the run's.
+        data: of all clients.
+        sizes: `(clients,)` training examples; 0 for clients that are not to be asked.
+        task: whose model must be fit for it.
+
+    Raises:
+        InputError: the data, the model or the policy file are not.
+    """
+    section, (base, folder) = experiment.privacy, places
+    if section is None:
+        return None
+    _refuse_fitted_filling(experiment, data)
+    model = build_model(task, experiment.seed)
+    mode = ""
+    if isinstance(section, SamplePrivacy):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        mode = PrivateGradients(model, task.loss, trained, section).mode
+    elif unclipped := exchanged(model).keys() & dict(model.named_buffers()).keys():
+        raise TaskError(
+            "the model has buffers that training changes, and no clipping is meant for them",
+            got=", ".join(sorted(unclipped)),
+            hint="Use GroupNorm or LayerNorm in place of BatchNorm",
+        )
+    plan = privacy_plan(experiment, sizes)
+    assert plan is not None
+    policy = Policy(max_epsilon=section.epsilon or _UNLIMITED, delta=section.delta, unit=section.unit)
+    if experiment.run.policy is not None:
+        policy = load_policy(base / experiment.run.policy)
+    ledgers = folder.ledgers if experiment.run.ledgers is None else base / experiment.run.ledgers
+    return Protection(plan, policy, None if section.noise_seed is not None else ledgers, mode, sizes)
+
+
+def requests(experiment: Experiment, run: str, model: nn.Module) -> Callable[..., Request]:
+    """Make what a run's requests to a ledger have in common.
+
+    Args:
+        experiment: what is asked for.
+        run: one name per run, the same after a restart.
+        model: that is trained.
+
+    Returns:
+        (round_number=, noise_multiplier=, sample_rate=, steps=) -> a request.
+    """
+    assert experiment.privacy is not None
+    travelling = exchanged(model).values()
+    return partial(
+        Request,
+        run=run,
+        experiment=experiment.name,
+        experiment_hash=identity(experiment),
+        task=experiment.task.name,
+        parameters=sum(t.numel() for t in travelling),
+        model_bytes=sum(t.numel() * t.element_size() for t in travelling),
+        unit=experiment.privacy.unit,
+    )
+
+
+def _refuse_fitted_filling(experiment: Experiment, data: PartitionedData) -> None:
+    """Missing features must not be filled with what the examples tell: one more example would change all others."""
+    inputs, fitted = data.dataset.inputs, experiment.data.missing in ("mean", "median")
+    if isinstance(experiment.privacy, SamplePrivacy) and fitted and inputs.is_floating_point() and inputs.isnan().any():
+        raise InputError(
+            f'data.missing = "{experiment.data.missing}" fills features with what the examples of a client tell, '
+            "and privacy protects each of them",
+            hint='Set data.missing = "zero" or "drop"',
+        )
+
+
+def _clipping(section: SamplePrivacy | ClientPrivacy, mode: str) -> str:
+    if isinstance(section, SamplePrivacy):
+        norms = "" if section.clipping == "flat" else ", each layer to its share of it"
+        return f"each example's gradient to L2 norm {section.max_grad_norm:g}{norms} ({mode})"
+    adapts = ""
+    if section.adaptive_clipping:
+        adapts = f" at first, then to the norm that leaves {section.adaptive_clipping.target_quantile:.0%} unclipped"
+    return f"each client's update to L2 norm {section.max_delta_norm:g}{adapts}"

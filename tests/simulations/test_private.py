@@ -1,0 +1,211 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedtrain import wire
+from fedtrain.errors import InputError, PolicyError, PrivacyError, RunError, TaskError
+from fedtrain.privacy.accounting import Spend, bound_within
+from fedtrain.privacy.book import Book, ledgers
+from fedtrain.server.rounds import Server
+
+SAMPLE = """
+seed = 3
+rounds = 3
+[task]
+name = "logistic"
+[data]
+name = "digits"
+clients = 4
+partition = { kind = "quantity", alpha = 1.0, min_examples = 60 }
+central_test = 0.2
+[training]
+batch_size = 50
+local_steps = 4
+[privacy]
+epsilon = 8.0
+delta = 1e-4
+accountant = "rdp"
+[run]
+workers = 0
+device = "cpu"
+"""
+CLIENT = (
+    SAMPLE.replace("clients = 4", "clients = 40")
+    .replace("60 }", "2 }")
+    .replace("[privacy]", '[privacy]\nunit = "client"')
+    .replace("[training]", '[clients]\nper_round = 20\nsampling = "poisson"\n[training]')
+)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "private.toml"
+    path.write_text(SAMPLE)
+    return path
+
+
+def rounds(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+
+
+def books(folder: Path) -> list[Book]:
+    return [Book(path, bound_within(1e9)) for path in ledgers(folder)]
+
+
+def test_the_ledgers_hold_what_was_planned(file: Path, simulated: Callable) -> None:
+    out, _ = simulated(file, "out")
+    promised = json.loads((out / "privacy.json").read_text())
+    found = books(out / "ledgers")
+    assert len(found) == 4
+    for book in found:
+        (spent,) = book.history()
+        summary = book.summary(1e-4)
+        assert (spent.steps, summary.rounds, summary.uncommitted) == (3 * 4, 3, 0)
+        assert promised["noise_multiplier"][0] <= spent.noise_multiplier <= promised["noise_multiplier"][1]
+        assert summary.epsilon <= 8.0
+    assert promised["planned_epsilon"] == pytest.approx(8.0, abs=0.02)
+    epsilons = [record["epsilon"] for record in rounds(out)]
+    assert epsilons == sorted(epsilons)
+    assert (epsilons[0], epsilons[-1]) == (0.0, promised["planned_epsilon"])
+    assert max(book.summary(1e-4).epsilon for book in found) == pytest.approx(epsilons[-1])
+
+
+def test_nothing_but_the_update_leaves_a_client(
+    file: Path, simulated: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = wire.update
+
+    def spy(content: object) -> wire.Update:
+        seen.append((sorted(content), dict(content["metrics"]), sorted(content["config"])))  # type: ignore[index,call-overload]
+        return real(content)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(wire, "update", spy)
+    for text in (SAMPLE, CLIENT):
+        seen.clear()
+        file.write_text(text)
+        out, _ = simulated(file, f"out-{len(text)}")
+        told = {"client-id", "server-round"} | ({"receipt"} if text == SAMPLE else set())
+        assert seen
+        assert all(each == (["arrays", "config", "metrics"], {"num-examples": 1}, sorted(told)) for each in seen)
+        assert all(r["train"] == {} and r["num_examples"] == 0 and r["clients"] == {} for r in rounds(out))
+
+
+def test_one_seed_does_not_give_one_noise(file: Path, simulated: Callable) -> None:
+    for text in (SAMPLE, CLIENT):
+        file.write_text(text)
+        first, second = (load_file(simulated(file, f"{len(text)}-{k}")[0] / "model.safetensors") for k in "ab")
+        for name in first:
+            assert not torch.equal(first[name], second[name])
+
+
+def test_a_noise_seed_gives_the_same_bytes_with_any_number_of_workers_and_no_ledger(
+    file: Path, simulated: Callable
+) -> None:
+    for text in (SAMPLE, CLIENT):
+        file.write_text(text.replace("delta", "noise_seed = 7\ndelta"))
+        outs = [simulated(file, f"{len(text)}-{k}", f"run.workers={k}")[0] for k in (0, 2)]
+        assert (outs[0] / "model.safetensors").read_bytes() == (outs[1] / "model.safetensors").read_bytes()
+        assert not (outs[0] / "ledgers").exists()
+        assert json.loads((outs[0] / "privacy.json").read_text())["seeded"] is True
+
+
+def test_workers_keep_the_same_ledgers(file: Path, simulated: Callable) -> None:
+    out, _ = simulated(file, "out", "run.workers=2")
+    assert [book.summary(1e-4).rounds for book in books(out / "ledgers")] == [3, 3, 3, 3]
+
+
+def test_runs_that_share_ledgers_add_up_and_the_policy_ends_them(file: Path, simulated: Callable) -> None:
+    (file.parent / "policy.toml").write_text("max_epsilon = 8.5\ndelta = 1e-4\n")
+    shared = ("run.ledgers=ledgers", "run.policy=policy.toml")
+    simulated(file, "first", *shared)
+    out, notices = simulated(file, "second", *shared, "rounds=6")  # of other noise: what it costs is added
+    found = [Book(path, bound_within(8.5)) for path in ledgers(file.parent / "ledgers")]
+    assert {book.summary(1e-4).runs for book in found} == {2}
+    assert all(8.0 < book.summary(1e-4).epsilon <= 8.5 for book in found)
+    assert "the run ends after round" in notices[-1]
+    assert any("has ended: its budget or its policy allows no more" in notice for notice in notices)
+    ended = [client for record in rounds(out) for client in record["ended"]]
+    assert len(set(ended)) == len(ended) > 2  # of four, with a quorum of a half
+    assert f"{len(ended)} clients have ended, and {4 - len(ended)} are left for a round of 4" in notices[-1]
+
+
+def test_nobody_allowed_to_take_part_is_an_error_and_not_an_untrained_model(file: Path, simulated: Callable) -> None:
+    (file.parent / "policy.toml").write_text("max_epsilon = 0.5\ndelta = 1e-4\n")
+    with pytest.raises(PrivacyError, match="no client takes part: their policies or their ledgers"):
+        simulated(file, "out", "run.policy=policy.toml")
+    assert not (file.parent / "out" / "model.safetensors").exists()
+
+
+def test_a_policy_that_can_never_agree_is_told_at_once(file: Path, simulated: Callable) -> None:
+    (file.parent / "policy.toml").write_text('max_epsilon = 10.0\ndelta = 1e-4\ntasks = ["cnn"]\n')
+    with pytest.raises(PolicyError, match="does not allow this run: task logistic: the policy allows cnn"):
+        simulated(file, "out", "run.policy=policy.toml")
+
+
+def test_a_damaged_ledger_is_never_trained_on(file: Path, simulated: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Server._finish
+
+    def stop_after_round_1(server: Server, record: object) -> None:
+        real(server, record)  # type: ignore[arg-type]
+        if record.round_number == 1:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    file.write_text(SAMPLE + "[clients]\nquorum = 1.0\n")
+    monkeypatch.setattr(Server, "_finish", stop_after_round_1)
+    with pytest.raises(Exception, match="interrupted"):
+        simulated(file, "out")
+    monkeypatch.setattr(Server, "_finish", real)
+    damaged = ledgers(file.parent / "out" / "ledgers")[0]
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(RunError, match=r"the privacy ledger .* was damaged or changed"):
+        simulated(file, "out")
+
+
+def test_a_model_that_noise_cannot_protect_is_refused(file: Path, simulated: Callable) -> None:
+    (file.parent / "normed.py").write_text(
+        "from torch import nn\nfrom fedtrain.tasks.objectives import Classification\n\n\n"
+        "class Normed(Classification):\n    def __init__(self, spec):\n        pass\n\n"
+        "    def model(self):\n        return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))\n"
+    )
+    for text in (SAMPLE, CLIENT):
+        file.write_text(text)
+        with pytest.raises(TaskError, match="BatchNorm"):
+            simulated(file, "out", 'task.name="normed.py:Normed"')
+    assert not (file.parent / "out").exists()
+
+
+def test_a_flwr_strategy_has_no_place_for_the_servers_noise(file: Path, simulated: Callable) -> None:
+    file.write_text(CLIENT)
+    with pytest.raises(InputError, match="has no noise for a flwr Strategy"):
+        simulated(file, "out", 'strategy.name="flwr.serverapp.strategy:FedAvg"')
+
+
+def test_missing_features_are_not_filled_with_what_examples_tell(file: Path, simulated: Callable) -> None:
+    rows = "\n".join(f"{k % 7},{'' if k == 3 else k % 5},{k % 2}" for k in range(200))
+    (file.parent / "table.csv").write_text(f"a,b,label\n{rows}\n")
+    table = ('data={path="table.csv", target="label", clients=4, central_test=0.2}',)
+    with pytest.raises(InputError, match="fills features with what the examples"):
+        simulated(file, "out", *table)
+    simulated(file, "zero", *table, 'data.missing="zero"')
+
+
+def test_the_mode_that_is_used_is_told(file: Path, simulated: Callable) -> None:
+    out, notices = simulated(file, "out", 'privacy.mode="fast"', 'task.name="mlp"')
+    assert "(fast)" in json.loads((out / "privacy.json").read_text())["clipping"]
+    assert not any("does not cover" in notice for notice in notices)
+
+
+def test_adaptive_clipping_is_part_of_the_run(file: Path, simulated: Callable) -> None:
+    file.write_text(CLIENT)
+    out, _ = simulated(file, "out", "privacy.adaptive_clipping={target_quantile=0.5}")
+    assert "leaves 50% unclipped" in json.loads((out / "privacy.json").read_text())["clipping"]
+    (book,) = books(out / "ledgers")
+    (spent,) = book.history()
+    assert spent == Spend(spent.noise_multiplier, 0.5, 3)
