@@ -98,7 +98,7 @@ def export(
         Path | None, typer.Option("--out", help="Write here instead of to the terminal.", show_default=False)
     ] = None,
 ) -> None:
-    """Write every entry of every ledger as JSON, with the hashes that chain them."""
+    """Write all ledgers as JSON. Every entry is there, with the hashes that chain them."""
     books, damaged = _read(folder, _no_accountant)
     for error in damaged.values():
         raise error  # what cannot be trusted is not passed on
