@@ -195,10 +195,10 @@ def plan(
     experiment_file: ExperimentFile,
     overrides: Overrides = None,
     data_root: DataRoot = None,
-    pld: Annotated[bool, typer.Option("--pld", help="Also ask the PLD accountant, as a second opinion.")] = False,
+    pld: Annotated[bool, typer.Option("--pld", help="Have a third accountant check epsilon; needs fedtrain[pld].")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what an experiment will cost before it runs. How much privacy, and whether its noise leaves a signal."""
+    """Show what a run's privacy will cost. Nothing is trained."""
     from fedtrain.cli.plan import plan
     from fedtrain.experiment import load
 
@@ -211,10 +211,10 @@ def audit(
     experiment_file: ExperimentFile,
     overrides: Overrides = None,
     data_root: DataRoot = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The checks of a few seconds alone.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the one-run audit: seconds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Try to refute an experiment's privacy by statistics. On the real training step, or the server's aggregate."""
+    """Test an experiment's privacy by statistics. Fails if what it promises is refuted."""
     from fedtrain.cli.audit import audit
     from fedtrain.experiment import load
 
