@@ -63,8 +63,9 @@ def test_the_experiment_file_shown_is_one(tmp_path: Path) -> None:
 
 def test_every_command_is_in_the_table() -> None:
     group = typer.main.get_command(app)
-    names = {name for name in group.commands if name != "data"}  # type: ignore[attr-defined]
-    names |= {f"data {name}" for name in group.commands["data"].commands}  # type: ignore[attr-defined]
+    groups = ("data", "privacy")
+    names = {name for name in group.commands if name not in groups}  # type: ignore[attr-defined]
+    names |= {f"{name} {sub}" for name in groups for sub in group.commands[name].commands}  # type: ignore[attr-defined]
     assert set(re.findall(r"^\| `fedtrain ([a-z]+(?: [a-z]+)?)", README, re.MULTILINE)) == names
 
 
