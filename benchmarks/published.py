@@ -22,11 +22,13 @@ class _Silent(RunObserver):
         """Say nothing: rounds without an update are part of the experiment on stragglers."""
 
 
-def run(name: str, data_root: Path, *overrides: str) -> list[RoundRecord]:
-    """Run an example from scratch and return its rounds."""
+def run(name: str, data_root: Path, *overrides: str, private: bool = True) -> list[RoundRecord]:
+    """Run an example from scratch and return its rounds; if not `private`, without its [privacy]."""
+    experiment = load(_EXAMPLES / f"{name}.toml", overrides)
+    if not private:
+        experiment = experiment.model_copy(update={"privacy": None})
     with tempfile.TemporaryDirectory() as folder:
-        places = Places(_EXAMPLES, Path(folder) / "run", data_root)
-        return simulate(load(_EXAMPLES / f"{name}.toml", overrides), places, _Silent()).read_rounds()
+        return simulate(experiment, Places(_EXAMPLES, Path(folder) / "run", data_root), _Silent()).read_rounds()
 
 
 def first_round(records: list[RoundRecord], accuracy: float) -> float:

@@ -195,7 +195,9 @@ def plan(
     experiment_file: ExperimentFile,
     overrides: Overrides = None,
     data_root: DataRoot = None,
-    pld: Annotated[bool, typer.Option("--pld", help="Have a third accountant check epsilon; needs fedtrain[pld].")] = False,
+    pld: Annotated[
+        bool, typer.Option("--pld", help="Have a third accountant check epsilon; needs fedtrain[pld].")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a run's privacy will cost. Nothing is trained."""

@@ -110,7 +110,7 @@ class _Priced:
         rounds = run.experiment.rounds
         second_opinion = priced.whole_run("pld").value if pld else None
         if isinstance(priced, SamplePlan):
-            participations, charges, units = priced.participations, _by_size(run, priced), int(run.present[0])
+            participations, charges, units = priced.participations, _by_size(run, priced), int(run.present[-1])
             typical = int(run.present[len(run.present) // 2])
             full = min(rounds, participations * len(run.present) // run.clients_per_round)
             signal = priced.signal(typical, run.clients_per_round, full, run.parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from fedtrain.training.loop import Assignment, Recipe, Trainer
 from fedtrain.training.optimizer import lr_factor
 
 __all__ = ["CLIENT_ID", "Site", "make_client_app"]
+
+_LOG = logging.getLogger("fedtrain.client")
 
 CLIENT_ID = "client-id"
 """Key of the client's name in flwr's node config."""
@@ -90,8 +93,12 @@ def make_client_app(experiment: Experiment, task: Task, data: FederatedData, sit
                 with site.budget.reserved(client_id, instruction, len(examples)) as reserved:
                     result = trainer.train(replace(wanted, charge=reserved.charge), examples)
                     receipt = reserved.commit(result.delta, result.extra)
-            except (BudgetError, PolicyError):
+            except (BudgetError, PolicyError) as error:
+                _LOG.warning("%s has ended: %s", client_id, error)
                 return Message(wire.ended_content(client_id), reply_to=message)
+            except Exception as error:  # its text may tell of the examples, and has no noise
+                _LOG.exception("%s failed", client_id)
+                raise PrivacyError("the client failed; under privacy only its own log says why") from error
         states.save(client_id, number, result.kept, instruction.kept_round)
         # How many examples there are, and their loss, has no noise.
         told = (1, {}) if experiment.privacy else (result.num_examples, {"loss": result.loss})

@@ -100,7 +100,8 @@ class Budget:
         prove = bound_within(self.policy.max_epsilon)
 
         def epsilon_of(history: Sequence[Spend], delta: float) -> float:
-            if section.epsilon is not None and len(history) == 1 and delta >= section.delta:
+            proved = section.epsilon is not None and section.epsilon <= self.policy.max_epsilon
+            if proved and section.epsilon is not None and len(history) == 1 and delta >= section.delta:
                 spent = history[0]
                 noise = (spent.noise_multiplier, spent.sample_rate)
                 if noise == (round_charge.noise_multiplier, round_charge.sample_rate) and spent.steps <= most:

@@ -15,7 +15,7 @@ class _Privacy(Section):
     unit: str  # declared here so that it is the first key of every kind
     epsilon: float | None = Field(default=None, gt=0, examples=[8.0])
     """The most that the whole run may spend; the noise is calibrated for it. Or give `noise_multiplier`."""
-    noise_multiplier: float | None = Field(default=None, gt=0, examples=[1.1])
+    noise_multiplier: float | None = Field(default=None, ge=0.01, examples=[1.1])
     """Standard deviation of the noise over the clipping norm; epsilon follows from it."""
     delta: float = Field(gt=0, lt=1, examples=[1e-5])
     """Chance that the promise of epsilon does not hold; well below one over the number of protected units."""

@@ -319,6 +319,11 @@ class Experiment(Section):
                 "give numbers that are known anyway: scaling = { mean = [...], std = [...] }"
             )
         if privacy.unit == "sample":
+            if self.data.test or self.data.validation:
+                raise ValueError(
+                    "data.test and data.validation hold out examples by a draw that one more example would change; "
+                    "privacy measures on data.central_test"
+                )
             return
         if not strategy.steps_along_a_mean:
             raise ValueError(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtrain.errors import BudgetError, RunError, RunFolderError
+from fedtrain.errors import BudgetError, LedgerError, RunError, RunFolderError
 from fedtrain.experiment.privacy import SamplePrivacy
 from fedtrain.experiment.sections import Experiment
 from fedtrain.experiment.strategies import FedBuffStrategy
@@ -39,6 +39,16 @@ class Spending(Protocol):
     def epsilon(self) -> float:
         """Bound what was spent so far."""
 
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint remembers, so that an account that was taken away is missed."""
+
+    def expect(self, memory: Mapping[str, Any]) -> None:
+        """Hold the account against what a checkpoint remembers.
+
+        Raises:
+            PrivacyError: it is missing, or an older copy.
+        """
+
 
 class LocalSpending:
     """Clients add the noise and keep their own ledgers; the server counts how often it has asked each.
@@ -56,6 +66,7 @@ class LocalSpending:
         self._plan, self._sizes, self._journal = plan, sizes, journal
         self._asked: Counter[int] = Counter()
         self._rounds: set[int] = set()
+        self._lines = 0
         try:
             *lines, torn = journal.read_bytes().split(b"\n") if journal.exists() else [b""]
             for entry in map(json.loads, lines):
@@ -79,6 +90,18 @@ class LocalSpending:
             raise RunError(f"cannot write {self._journal} ({error.strerror})", hint="Free some space") from error
         self._count(round_number, clients)
 
+    def memory(self) -> dict[str, Any]:
+        return {"lines": self._lines}
+
+    def expect(self, memory: Mapping[str, Any]) -> None:
+        if self._lines < memory.get("lines", 0):
+            raise LedgerError(
+                f"{self._journal} is missing, or an older copy: it tells how often clients were asked",
+                got=f"{self._lines} lines",
+                expected=f"at least {memory['lines']}",
+                hint="Bring it back, or count the run's budget as spent",
+            )
+
     def epsilon(self) -> float:
         taken: dict[int, int] = {}
         for client, count in self._asked.items():
@@ -89,6 +112,7 @@ class LocalSpending:
     def _count(self, round_number: int, clients: Sequence[int]) -> None:
         if not (self._plan.section.noise_seed is not None and round_number in self._rounds):
             self._asked.update(clients)
+        self._lines += 1
         self._rounds.add(round_number)
 
 
@@ -118,6 +142,13 @@ class CentralSpending:
         if self._ledger.reservations(request.run) >= self._plan.rounds:
             raise BudgetError(f"all {self._plan.rounds} rounds of noise that the plan has are used up")
         self._ledger.affordable(request, self._policy)
+
+    def memory(self) -> dict[str, Any]:
+        return {"head": self._ledger.head} if self._ledger else {}
+
+    def expect(self, memory: Mapping[str, Any]) -> None:
+        if self._ledger is not None and "head" in memory:
+            self._ledger.expect(memory["head"])
 
     def charge(self) -> None:
         """Pay for the round, just before its noise is drawn."""

@@ -114,6 +114,8 @@ class Server:
         if start.round_number:
             self.strategy.state = start.state
         self.cohort.begin(self.strategy, start.params, start.server)
+        if self.spending:
+            self.spending.expect(start.server.get("spending", {}))
         done = start
         saved_at = time.monotonic()
         try:
@@ -220,7 +222,8 @@ class Server:
                 seconds_evaluate=time.perf_counter() - trained,
             )
         )
-        return Checkpoint(round_number, new, self.strategy.state, self.cohort.memory())
+        memory = self.cohort.memory() | ({"spending": self.spending.memory()} if self.spending else {})
+        return Checkpoint(round_number, new, self.strategy.state, memory)
 
     def _nodes(self, clients: Sequence[int]) -> dict[int, int]:
         """Node id -> position, in the order of the positions."""

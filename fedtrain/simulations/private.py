@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from fedtrain.client.budget import Budget
@@ -159,9 +160,15 @@ def protection(
         InputError: the data, the model or the policy file are not.
     """
     section, (base, folder) = experiment.privacy, places
+    if experiment.run.policy is not None and (section is None or section.noise_seed is not None):
+        raise PolicyError(
+            "the policy of run.policy allows private runs alone",
+            got="no [privacy]" if section is None else "noise that follows from privacy.noise_seed",
+            hint="Leave out run.policy, or protect the run",
+        )
     if section is None:
         return None
-    _refuse_fitted_filling(experiment, data)
+    _refuse_fitted_preparation(experiment, data)
     model = build_model(task, experiment.seed)
     mode = ""
     if isinstance(section, SamplePrivacy):
@@ -207,8 +214,17 @@ def requests(experiment: Experiment, run: str, model: nn.Module) -> Callable[...
     )
 
 
-def _refuse_fitted_filling(experiment: Experiment, data: PartitionedData) -> None:
-    """Missing features must not be filled with what the examples tell: one more example would change all others."""
+def _refuse_fitted_preparation(experiment: Experiment, data: PartitionedData) -> None:
+    """Features must not be filled or scaled by what the examples tell: one more example would change all others."""
+    if (
+        experiment.data.path is not None
+        and data.dataset.inputs.dtype == torch.uint8
+        and experiment.data.scaling == "none"
+    ):
+        raise InputError(
+            "your own images are scaled by the mean and deviation of all their pixels, and that has no noise",
+            hint="Give numbers that are known anyway: data.scaling = { mean = [0.5], std = [0.25] }",
+        )
     inputs, fitted = data.dataset.inputs, experiment.data.missing in ("mean", "median")
     if isinstance(experiment.privacy, SamplePrivacy) and fitted and inputs.is_floating_point() and inputs.isnan().any():
         raise InputError(

@@ -100,12 +100,7 @@ def simulate(experiment: Experiment, places: Places, observer: Observer) -> RunF
             sizes = np.where(eligible(experiment.clients, places.base, data.client_ids()), data.sizes(), 0)
             strategy = make_strategy(experiment, int(np.count_nonzero(sizes)), places.base)
             protects = protection(experiment, (places.base, folder), data, sizes, task)
-            if isinstance(experiment.privacy, ClientPrivacy) and not isinstance(strategy, FederatedStrategy):
-                raise InputError(
-                    'privacy.unit = "client" has no noise for a flwr Strategy',
-                    got=experiment.strategy.name,
-                    hint="Choose a strategy of fedtrain's, such as fedavg, fedavgm, fedadam or fedprox",
-                )
+            _check_noise_fits(experiment, strategy)
             stack.enter_context(folder.locked())
             refuse_other_run(folder, experiment, places.base)
             simulation = _Simulation(
@@ -296,6 +291,16 @@ def _check_private(patterns: tuple[str, ...], travelling: Params, left: Params) 
             got=", ".join(patterns),
             expected=f"patterns that leave some of {', '.join(travelling)}",
         )
+
+
+def _check_noise_fits(experiment: Experiment, strategy: FederatedStrategy | Strategy) -> None:
+    """Refuse strategies that privacy cannot stand before; of our own, the experiment has refused them already."""
+    hint = "Choose a strategy of fedtrain's, such as fedavg, fedavgm, fedadam or fedprox"
+    if isinstance(experiment.privacy, ClientPrivacy) and not isinstance(strategy, FederatedStrategy):
+        raise InputError('privacy.unit = "client" has no noise for a flwr Strategy', hint=hint)
+    personal = isinstance(strategy, FederatedStrategy) and strategy.personal_rule
+    if personal and isinstance(experiment.privacy, SamplePrivacy):
+        raise InputError("under privacy a strategy's personal models would train without noise", hint=hint)
 
 
 def _device(experiment: Experiment) -> torch.device:

@@ -95,6 +95,8 @@ def central_dp(
         InputError: from `init`, if updates would bring more than their delta.
         PrivacyError: from `apply`, if an update does not fit the model.
     """
+    if strategy.asynchrony:
+        raise InputError("an asynchronous strategy takes one client twice into a sum, and its noise is for once")
     algorithm, clipping = strategy.algorithm, section.adaptive_clipping
     split = noise_split(section, noise_multiplier, expected)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedtrain import params as P
 from fedtrain.data.base import Examples
-from fedtrain.errors import PrivacyError
+from fedtrain.errors import PrivacyError, RunError
 from fedtrain.experiment.privacy import SamplePrivacy
 from fedtrain.experiment.sections import TrainingSection
 from fedtrain.params import Params
@@ -153,6 +153,7 @@ class Trainer:
         self.model.to(memory_format=self._layout)  # type: ignore[call-overload]
         travelling = P.exchanged(self.model)
         self._private = [name for name in travelling if is_private(name, recipe.private)]
+        self._shared_names = travelling.keys() - set(self._private)
         # What an earlier client may have left in the model, with its initial value.
         staying = {n: b for n, b in self.model.named_buffers() if n not in travelling}
         self._initial = {n: t.clone() for n, t in (staying | {n: travelling[n] for n in self._private}).items()}
@@ -175,6 +176,9 @@ class Trainer:
     def train(self, assignment: Assignment, examples: Examples) -> LocalResult:
         """Train from the server's parameters on one client's examples, which must not be empty."""
         kept = assignment.kept
+        if assignment.params.keys() != self._shared_names:
+            odd = sorted(assignment.params.keys() ^ self._shared_names)[0]
+            raise RunError("the server sent other tensors than the model exchanges", got=odd)
         self.load(assignment.params, kept)
         examples = self._place(examples)
         phase = _Phase("batches", self._recipe.training, self._recipe.rule, kept.get("rule", {}))

@@ -49,10 +49,10 @@ def test_sample_level(shown) -> None:
     assert found["warnings"] == []
 
 
-def test_a_delta_that_is_too_large_for_the_smallest_client(shown) -> None:
+def test_a_delta_that_is_too_large_for_the_largest_client(shown) -> None:
     found = shown(SAMPLE, "privacy.delta=0.01")
-    smallest = found["charges"][0]["examples"][0]
-    assert found["warnings"][0].startswith(f"delta 0.01 is not below 1/{smallest}: ")
+    largest = found["charges"][-1]["examples"][-1]
+    assert found["warnings"][0].startswith(f"delta 0.01 is not below 1/{largest}: ")
 
 
 def test_client_level(shown) -> None:

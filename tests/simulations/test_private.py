@@ -1,16 +1,28 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from flwr.app import RecordDict
 from safetensors.torch import load_file
 
 from fedtrain import wire
-from fedtrain.errors import InputError, PolicyError, PrivacyError, RunError, TaskError
+from fedtrain.errors import (
+    InputError,
+    InterruptedRunError,
+    LedgerError,
+    PolicyError,
+    PrivacyError,
+    RunError,
+    TaskError,
+)
 from fedtrain.privacy.accounting import Spend, bound_within
 from fedtrain.privacy.book import Book, ledgers
 from fedtrain.server.rounds import Server
+from fedtrain.strategies.central_dp import central_dp
 
 SAMPLE = """
 seed = 3
@@ -147,7 +159,9 @@ def test_a_policy_that_can_never_agree_is_told_at_once(file: Path, simulated: Ca
         simulated(file, "out", "run.policy=policy.toml")
 
 
-def test_a_damaged_ledger_is_never_trained_on(file: Path, simulated: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_ledger_is_never_trained_on(
+    file: Path, simulated: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     real = Server._finish
 
     def stop_after_round_1(server: Server, record: object) -> None:
@@ -164,8 +178,9 @@ def test_a_damaged_ledger_is_never_trained_on(file: Path, simulated: Callable, m
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    with pytest.raises(RunError, match=r"the privacy ledger .* was damaged or changed"):
+    with pytest.raises(RunError, match="only its own log says why"):
         simulated(file, "out")
+    assert "was damaged or changed" in caplog.text
 
 
 def test_a_model_that_noise_cannot_protect_is_refused(file: Path, simulated: Callable) -> None:
@@ -209,3 +224,135 @@ def test_adaptive_clipping_is_part_of_the_run(file: Path, simulated: Callable) -
     (book,) = books(out / "ledgers")
     (spent,) = book.history()
     assert spent == Spend(spent.noise_multiplier, 0.5, 3)
+
+
+OWN_TASK = """
+from torch import nn
+from fedtrain.tasks.objectives import Classification
+
+
+class Telling(Classification):
+    def __init__(self, spec):
+        pass
+
+    def model(self):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def loss(self, outputs, targets):
+        if len(targets) > 4:  # more than the task is tried on
+            raise ValueError(f"SECRET labels {targets.tolist()}")
+        return super().loss(outputs, targets)
+"""
+
+
+def test_an_error_tells_nothing_of_the_examples_but_in_the_clients_log(
+    file: Path, simulated: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    (file.parent / "telling.py").write_text(OWN_TASK)
+    with pytest.raises(RunError, match="the client failed; under privacy only its own log says why"):
+        simulated(file, "out", 'task.name="telling.py:Telling"', "evaluation.central_every=0")
+    told = [path for path in (file.parent / "out").rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
+    assert not told
+    assert "SECRET" in caplog.text
+
+
+def test_a_policy_is_not_got_round_by_an_experiment_without_privacy(file: Path, simulated: Callable) -> None:
+    (file.parent / "policy.toml").write_text("max_epsilon = 1.0\ndelta = 1e-4\n")
+    with pytest.raises(
+        PolicyError, match=r"allows private runs alone: got noise that follows from privacy\.noise_seed"
+    ):
+        simulated(file, "out", 'run.policy="policy.toml"', "privacy.noise_seed=1")
+    file.write_text(SAMPLE[: SAMPLE.index("[privacy]")])
+    with pytest.raises(PolicyError, match=r"allows private runs alone: got no \[privacy\]"):
+        simulated(file, "out", 'run.policy="policy.toml"')
+    assert not (file.parent / "out").exists()
+
+
+def test_a_stricter_policy_ends_clients_when_its_budget_does_and_not_before(file: Path, simulated: Callable) -> None:
+    (file.parent / "policy.toml").write_text("max_epsilon = 6.0\ndelta = 1e-4\n")
+    out, _ = simulated(file, "out", 'run.policy="policy.toml"')
+    assert rounds(out)[1]["participants"] == [f"client-{k}" for k in range(4)]
+    assert all(0 < Book(path, bound_within(6.0)).summary(1e-4).epsilon <= 6.0 for path in ledgers(out / "ledgers"))
+
+
+def test_own_images_are_not_scaled_by_what_they_hold(file: Path, simulated: Callable) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (400, 1, 8, 8), dtype=np.uint8)
+    np.savez(file.parent / "own.npz", x=pixels, y=np.arange(400) % 10)
+    data = 'path="own.npz", target="y", clients=4, central_test=0.2'
+    with pytest.raises(InputError, match="your own images are scaled by the mean and deviation of all their pixels"):
+        simulated(file, "out", f"data={{{data}}}")
+    simulated(file, "given", f"data={{{data}, scaling={{mean=[0.5], std=[0.25]}}}}")
+
+
+@pytest.mark.parametrize(("text", "account"), [(SAMPLE, "asked.jsonl"), (CLIENT, "ledgers")])
+def test_an_account_that_was_taken_away_is_missed(
+    text: str, account: str, file: Path, simulated: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_in_round_2(server: Server, round_number: int, replies: object) -> object:
+        if round_number == 2:
+            raise KeyboardInterrupt
+        return counted(server, round_number, replies)
+
+    counted = Server._counted
+    file.write_text(text)
+    monkeypatch.setattr(Server, "_counted", stop_in_round_2)
+    with pytest.raises(InterruptedRunError):
+        simulated(file, "out")
+    monkeypatch.setattr(Server, "_counted", counted)
+    taken = file.parent / "out" / account
+    shutil.rmtree(taken) if taken.is_dir() else taken.unlink()
+    with pytest.raises(LedgerError, match=r"older copy"):
+        simulated(file, "out")
+
+
+def test_clients_are_never_asked_to_measure(file: Path, simulated: Callable) -> None:
+    file.write_text(CLIENT.replace("central_test", "test"))
+    out, notices = simulated(file, "out")
+    assert all(record["clients"] == record["central"] == {} for record in rounds(out))
+    assert any("the model is not measured" in notice for notice in notices)
+
+
+def test_a_client_refuses_to_measure(file: Path, simulated: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtrain.server.cohort.Cohort.evaluators", lambda _: [0, 1])
+    out, notices = simulated(file, "out")
+    assert all(record["clients"] == {} for record in rounds(out))
+    assert any("privacy lets no measurement on a client's examples out" in notice for notice in notices)
+
+
+def test_nobody_can_foresee_who_takes_part(file: Path, simulated: Callable) -> None:
+    file.write_text(CLIENT)
+    drawn = [[r["participants"] for r in rounds(simulated(file, name)[0])] for name in ("one", "two")]
+    assert drawn[0] != drawn[1]
+
+
+def test_the_sum_is_divided_by_the_clients_that_are_expected(
+    file: Path, simulated: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(strategy: object, section: object, noise_multiplier: float, expected: float, release: object) -> object:
+        seen.append(expected)
+        return central_dp(strategy, section, noise_multiplier, expected, release)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fedtrain.simulations.private.central_dp", spy)
+    file.write_text(CLIENT)
+    simulated(file, "out")
+    assert seen == [20.0]
+
+
+def test_few_or_odd_updates_neither_stop_a_round_nor_are_refused_for_their_size(
+    file: Path, simulated: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text(CLIENT + "\n[gate]\nnorm_factor = 1.0\n")
+    real = wire.update
+
+    def mostly_lost(content: RecordDict) -> wire.Update:
+        update = real(content)
+        if update.client_id.endswith(("1", "3", "5", "7", "9", "0")):
+            raise RunError("lost")
+        return update
+
+    monkeypatch.setattr(wire, "update", mostly_lost)
+    out, _ = simulated(file, "out", "clients.quorum=1.0", "gate.max_offences=0")
+    assert len(rounds(out)) == 4
+    assert {reason for record in rounds(out) for reason in record["quarantined"].values()} == {"lost"}
