@@ -32,6 +32,7 @@ bench: $(STAMP)  ## fedtrain against its rivals; prints ratios. Minutes.
 	$(PY) benchmarks/simulate.py
 	$(PY) benchmarks/aggregate.py
 	$(PY) benchmarks/gate.py
+	$(PY) benchmarks/dp.py
 
 paper: $(STAMP)  ## Published results beside measured ones. Needs FEDTRAIN_DATA; about an hour.
 	$(PY) benchmarks/paper.py

@@ -19,8 +19,9 @@ from fedtrain.experiment.sections import Experiment
 from fedtrain.experiment.strategies import FedBuffStrategy
 from fedtrain.privacy.accounting import Guarantee, delta_warning
 from fedtrain.privacy.plan import ClientPlan, SamplePlan, Signal
-from fedtrain.server.privacy import privacy_plan
+from fedtrain.rundir import RunFolder
 from fedtrain.server.selection import Crowd, eligible
+from fedtrain.simulations.private import protection
 from fedtrain.tasks.registry import make_task
 from fedtrain.training.loop import build_model, is_private
 
@@ -41,7 +42,7 @@ def plan(experiment: Experiment, base: Path, data_root: Path | None, *, pld: boo
         InputError: the data or the task does not fit, or an accountant is not installed.
     """
     run = _Run.of(experiment, base, data_root)
-    priced = privacy_plan(experiment, run.sizes)
+    priced = run.priced
     found = None if priced is None else _Priced.of(run, priced, pld=pld)
     if as_json:
         typer.echo(json.dumps(_facts(run) | (found.document() if found else {"unit": None}), indent=2))
@@ -59,12 +60,16 @@ class _Run:
     sizes: npt.NDArray[np.int64]  # `(clients,)` training examples; 0 for clients that are not to be asked
     clients_per_round: int  # as expected
     parameters: int  # numbers that are trained and leave the client
+    priced: SamplePlan | ClientPlan | None
 
     @classmethod
     def of(cls, experiment: Experiment, base: Path, data_root: Path | None) -> _Run:
         data = build(experiment.data, data_root, base, experiment.seed)
         sizes = np.where(eligible(experiment.clients, base, data.client_ids()), data.sizes(), 0)
-        model = build_model(make_task(experiment.task, data.spec, base), experiment.seed)
+        task = make_task(experiment.task, data.spec, base)
+        model = build_model(task, experiment.seed)
+        # What a run would refuse is refused here.
+        protects = protection(experiment, (base, RunFolder(base / "no-run")), data, sizes, task)
         private = tuple(experiment.personalization.private)
         strategy, crowd = experiment.strategy, Crowd(experiment.clients, experiment.seed, sizes)
         return cls(
@@ -74,6 +79,7 @@ class _Run:
             parameters=sum(
                 p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_private(name, private)
             ),
+            priced=protects.plan if protects else None,
         )
 
     @property

@@ -163,13 +163,14 @@ def _read(folder: Path, epsilon_of: EpsilonOf) -> tuple[list[Book], dict[str, Le
     run = RunFolder(folder)
     promised = run.read_privacy()
     place = folder / promised.ledgers if promised is not None else run.ledgers if run.ledgers.is_dir() else folder
-    paths = ledgers(place)
+    seeded = promised is not None and promised.seeded
+    paths = [] if seeded else ledgers(place)
     if not paths:
         raise InputError(
             "there are no privacy ledgers here",
             got=str(folder),
             expected="a folder with some, or a private run's",
-            hint="A run whose noise is seeded keeps none: it protects nobody" if promised else None,
+            hint="NOT PRIVATE: this run's noise follows from a seed, and it keeps none" if seeded else None,
         )
     books: list[Book] = []
     damaged: dict[str, LedgerError] = {}

@@ -14,9 +14,10 @@ from fedtrain import wire
 from fedtrain.client.budget import Budget
 from fedtrain.client.state import ClientState
 from fedtrain.data.base import FederatedData
-from fedtrain.errors import BudgetError, PolicyError, PrivacyError
+from fedtrain.errors import BudgetError, FedtrainError, PolicyError, PrivacyError
 from fedtrain.experiment.privacy import SamplePrivacy
 from fedtrain.experiment.sections import Experiment
+from fedtrain.importing import blame
 from fedtrain.records import PERSONAL
 from fedtrain.strategies.base import FederatedStrategy
 from fedtrain.strategies.registry import make_strategy
@@ -97,7 +98,7 @@ def make_client_app(experiment: Experiment, task: Task, data: FederatedData, sit
                 _LOG.warning("%s has ended: %s", client_id, error)
                 return Message(wire.ended_content(client_id), reply_to=message)
             except Exception as error:  # its text may tell of the examples, and has no noise
-                _LOG.exception("%s failed", client_id)
+                _LOG.error("%s failed: %s", client_id, error if isinstance(error, FedtrainError) else blame(error))
                 raise PrivacyError("the client failed; under privacy only its own log says why") from error
         states.save(client_id, number, result.kept, instruction.kept_round)
         # How many examples there are, and their loss, has no noise.

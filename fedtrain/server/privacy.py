@@ -53,8 +53,9 @@ class Spending(Protocol):
 class LocalSpending:
     """Clients add the noise and keep their own ledgers; the server counts how often it has asked each.
 
-    A client spends only when it is asked, so that count bounds every ledger. It is kept in a journal of its own: rounds
-    that a resumed run repeats are asked for twice, and count twice; repeated noise, which follows from a seed, once.
+    A client spends only when it is asked, and no more often than planned, so that count bounds every ledger. It is kept
+    in a journal of its own: rounds that a resumed run repeats count twice; repeated noise, which follows from a seed,
+    once.
 
     Args:
         plan: what a round costs each client.
@@ -106,7 +107,7 @@ class LocalSpending:
         taken: dict[int, int] = {}
         for client, count in self._asked.items():
             size = int(self._sizes[client])
-            taken[size] = max(count, taken.get(size, 0))
+            taken[size] = max(min(count, self._plan.participations), taken.get(size, 0))
         return self._plan.epsilon(taken)
 
     def _count(self, round_number: int, clients: Sequence[int]) -> None:

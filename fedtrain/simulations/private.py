@@ -16,7 +16,7 @@ from torch import nn
 
 from fedtrain.client.budget import Budget
 from fedtrain.data.federated import PartitionedData
-from fedtrain.errors import InputError, PolicyError, TaskError
+from fedtrain.errors import InputError, TaskError
 from fedtrain.experiment.load import identity
 from fedtrain.experiment.privacy import ClientPrivacy, SamplePrivacy
 from fedtrain.experiment.sections import Experiment
@@ -105,13 +105,9 @@ class Protection:
             journal: where the server notes whom it asks.
 
         Raises:
-            PolicyError: the policy objects to the run as it is planned.
             LedgerError: a ledger cannot be used.
         """
         plan, strict = self.plan, self.policy
-        for charge in self._charges():
-            if objections := strict.objections(request(round_number=1, **vars(charge))):
-                raise PolicyError(f"the policy does not allow this run: {'; '.join(objections)}")
         if isinstance(plan, SamplePlan):
             budget = Budget(plan, request, self.ledgers, strict, data)
             yield Accounts(LocalSpending(plan, self.sizes, journal), budget)
@@ -128,6 +124,18 @@ class Protection:
                 spending,
                 guard=lambda strategy: central_dp(strategy, plan.section, charge.noise_multiplier, expected, spending),
             )
+
+    def check_policy(self, request: Callable[..., Request]) -> None:
+        """Let what the policy holds against every round show before anything is written.
+
+        Raises:
+            InputError: it objects to the run as it is planned.
+        """
+        for charge in self._charges():
+            if objections := self.policy.objections(request(round_number=1, **vars(charge))):
+                raise InputError(
+                    f"the policy does not allow this run: {'; '.join(objections)}", hint="The policy's owner decides"
+                )
 
     @property
     def _rounds(self) -> int:
@@ -161,7 +169,7 @@ def protection(
     """
     section, (base, folder) = experiment.privacy, places
     if experiment.run.policy is not None and (section is None or section.noise_seed is not None):
-        raise PolicyError(
+        raise InputError(
             "the policy of run.policy allows private runs alone",
             got="no [privacy]" if section is None else "noise that follows from privacy.noise_seed",
             hint="Leave out run.policy, or protect the run",
@@ -186,7 +194,13 @@ def protection(
     if experiment.run.policy is not None:
         policy = load_policy(base / experiment.run.policy)
     ledgers = folder.ledgers if experiment.run.ledgers is None else base / experiment.run.ledgers
-    return Protection(plan, policy, None if section.noise_seed is not None else ledgers, mode, sizes)
+    if ledgers.exists() and not ledgers.is_dir():
+        raise InputError(
+            "run.ledgers is no folder", got=str(ledgers), expected="a folder, or a path where one can be made"
+        )
+    protects = Protection(plan, policy, None if section.noise_seed is not None else ledgers, mode, sizes)
+    protects.check_policy(requests(experiment, "planned", model))
+    return protects
 
 
 def requests(experiment: Experiment, run: str, model: nn.Module) -> Callable[..., Request]:

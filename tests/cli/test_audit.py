@@ -25,7 +25,7 @@ def fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def audited(tiny: Path, overrides: Sequence[str], *, quick: bool = True, as_json: bool = False) -> None:
-    audit(load(tiny, overrides), tiny.parent, None, quick=quick, as_json=as_json)
+    audit(load(tiny, ["data.test=0", *overrides]), tiny.parent, None, quick=quick, as_json=as_json)
 
 
 @pytest.mark.parametrize(("overrides", "what"), [(SAMPLE, "client's real training"), (CLIENT, "server's real aggr")])

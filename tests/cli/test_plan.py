@@ -15,7 +15,8 @@ CLIENT = ('privacy={unit="client", noise_multiplier=2.0, delta=1e-4, accountant=
 
 
 def planned(file: Path, *overrides: str, pld: bool = False, as_json: bool = True) -> None:
-    plan(load(file, overrides), file.parent, None, pld=pld, as_json=as_json)
+    held_out = "data.test=0"  # which would be refused
+    plan(load(file, (held_out, *overrides)), file.parent, None, pld=pld, as_json=as_json)
 
 
 @pytest.fixture

@@ -138,7 +138,9 @@ def test_one_run_without_noise_refutes_the_claim(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_subject_is_the_client_whose_examples_are_seen_best(tiny: Path) -> None:
-    experiment = load(tiny, ["privacy.noise_multiplier=1.0", "privacy.delta=1e-5", "training.local_epochs=2"])
+    experiment = load(
+        tiny, ["data.test=0", "privacy.noise_multiplier=1.0", "privacy.delta=1e-5", "training.local_epochs=2"]
+    )
     audited = audit_subject(experiment, tiny.parent, None)
     # q sqrt(2/q) is largest for the largest q: the smallest client's.
     assert audited.charge.sample_rate == max(
@@ -156,5 +158,5 @@ def test_without_privacy_there_is_nothing_to_audit(tiny: Path) -> None:
 def sizes(tiny: Path) -> list[int]:
     from fedtrain.data.federated import build
 
-    experiment = load(tiny, [])
+    experiment = load(tiny, ["data.test=0"])
     return build(experiment.data, None, tiny.parent, experiment.seed).sizes().tolist()

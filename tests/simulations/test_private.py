@@ -14,7 +14,6 @@ from fedtrain.errors import (
     InputError,
     InterruptedRunError,
     LedgerError,
-    PolicyError,
     PrivacyError,
     RunError,
     TaskError,
@@ -155,7 +154,7 @@ def test_nobody_allowed_to_take_part_is_an_error_and_not_an_untrained_model(file
 
 def test_a_policy_that_can_never_agree_is_told_at_once(file: Path, simulated: Callable) -> None:
     (file.parent / "policy.toml").write_text('max_epsilon = 10.0\ndelta = 1e-4\ntasks = ["cnn"]\n')
-    with pytest.raises(PolicyError, match="does not allow this run: task logistic: the policy allows cnn"):
+    with pytest.raises(InputError, match="does not allow this run: task logistic: the policy allows cnn"):
         simulated(file, "out", "run.policy=policy.toml")
 
 
@@ -258,12 +257,10 @@ def test_an_error_tells_nothing_of_the_examples_but_in_the_clients_log(
 
 def test_a_policy_is_not_got_round_by_an_experiment_without_privacy(file: Path, simulated: Callable) -> None:
     (file.parent / "policy.toml").write_text("max_epsilon = 1.0\ndelta = 1e-4\n")
-    with pytest.raises(
-        PolicyError, match=r"allows private runs alone: got noise that follows from privacy\.noise_seed"
-    ):
+    with pytest.raises(InputError, match=r"allows private runs alone: got noise that follows from privacy\.noise_seed"):
         simulated(file, "out", 'run.policy="policy.toml"', "privacy.noise_seed=1")
     file.write_text(SAMPLE[: SAMPLE.index("[privacy]")])
-    with pytest.raises(PolicyError, match=r"allows private runs alone: got no \[privacy\]"):
+    with pytest.raises(InputError, match=r"allows private runs alone: got no \[privacy\]"):
         simulated(file, "out", 'run.policy="policy.toml"')
     assert not (file.parent / "out").exists()
 
