@@ -12,8 +12,21 @@ from torch import Tensor, nn
 
 from fedtrain.errors import TaskError
 
-__all__ = ["Clip", "Engine", "ExampleGradients", "Layer", "clipped_sum", "layers_of", "squared_norms"]
+__all__ = [
+    "LARGEST_NORM",
+    "Clip",
+    "Engine",
+    "ExampleGradients",
+    "Layer",
+    "Subject",
+    "clipped_sum",
+    "layers_of",
+    "squared_norms",
+    "weighted_sum",
+]
 
+LARGEST_NORM = 1e30
+"""A larger one counts as not finite: the factor that it needs would be too small for float32 to be exact."""
 _BLOCK = 4096  # numbers
 
 
@@ -34,12 +47,29 @@ class Layer:
     shared: bool
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is differentiated.
+
+    Attributes:
+        model: in training mode.
+        loss: (outputs, targets) -> `(B,)`, each example's by itself.
+        trained: leaf parameters, in the order of gradients.
+        layers: whose parameters these are.
+    """
+
+    model: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+    trained: list[Tensor]
+    layers: list[Layer]
+
+
 class ExampleGradients(NamedTuple):
     """The gradients of B examples, by what clipping needs of them."""
 
     squares: Tensor  # (layers, B), float64: squared L2 norms
     weighted: Callable[[Tensor], list[Tensor]]
-    """Factors (layers, B) -> the sum of the examples' gradients times these, one tensor per trained parameter."""
+    """Factors (layers, B), float64 -> the sum of the gradients times these, one tensor per trained parameter."""
 
 
 class Engine(Protocol):
@@ -76,7 +106,7 @@ class Clip:
         """
         bound = self.max_grad_norm / math.sqrt(len(squares)) if self.per_layer else self.max_grad_norm
         norms = (squares if self.per_layer else squares.sum(0, keepdim=True)).sqrt()
-        return (bound / norms.clamp(min=bound)).expand_as(squares), norms.isfinite().all(0)
+        return (bound / norms.clamp(min=bound)).expand_as(squares), (norms <= LARGEST_NORM).all(0)
 
 
 def clipped_sum(engine: Engine, inputs: Tensor, targets: Tensor, clip: Clip) -> list[Tensor] | None:
@@ -93,6 +123,11 @@ def clipped_sum(engine: Engine, inputs: Tensor, targets: Tensor, clip: Clip) -> 
         return None
     # Zero times infinity is no number: the examples must be left out, not weighted by 0.
     return clipped_sum(engine, inputs[finite], targets[finite], clip)
+
+
+def weighted_sum(rows: Tensor, factors: Tensor) -> Tensor:
+    """Add up `(B, n)` rows times `(B,)` factors: a vector's product, which no device rounds to TF32, as a matrix's."""
+    return rows.mT.mv(factors.to(rows.dtype))
 
 
 def layers_of(model: nn.Module, trained: Sequence[Tensor]) -> list[Layer]:

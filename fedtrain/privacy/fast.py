@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from fedtrain.errors import TaskError
-from fedtrain.privacy.clipping import ExampleGradients, Layer, squared_norms
+from fedtrain.privacy.clipping import LARGEST_NORM, ExampleGradients, Layer, Subject, squared_norms, weighted_sum
 from fedtrain.privacy.watching import output_gradients, watched
 
 __all__ = ["FastEngine", "covers"]
@@ -29,13 +28,13 @@ class _Part(NamedTuple):
     """What one layer gives."""
 
     squares: Tensor  # (B,), float64
-    weighted: Callable[[Tensor], dict[str, Tensor]]  # factors (B,) -> parameter's name in the module -> sum
+    weighted: Callable[[Tensor], dict[str, Tensor]]  # factors (B,), float64 -> parameter's name in the module -> sum
 
 
 def covers(layer: Layer) -> bool:
     """Whether book-keeping knows this layer."""
     module = layer.module
-    if layer.shared or type(module) not in _KINDS:
+    if layer.shared or type(module) not in _KINDS or not layer.own.keys() <= {"weight", "bias"}:
         return False
     # Other paddings are copies of the input, and "same" may be uneven.
     return not isinstance(module, nn.Conv2d) or (module.padding_mode == "zeros" and not isinstance(module.padding, str))
@@ -44,40 +43,28 @@ def covers(layer: Layer) -> bool:
 class FastEngine:
     """Compute what clipping needs of a model whose trained parameters all belong to layers that are covered."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        trained: Sequence[Tensor],
-        layers: Sequence[Layer],
-    ) -> None:
-        self._model, self._loss, self._trained, self._layers = model, loss, trained, layers
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> ExampleGradients:
-        size = len(inputs)
-        with watched([(layer.name, layer.module) for layer in self._layers], size) as calls:
-            losses = self._loss(self._model(inputs), targets)
+        layers, size = self._subject.layers, len(inputs)
+        with watched([(layer.name, layer.module) for layer in layers], size) as calls:
+            losses = self._subject.loss(self._subject.model(inputs), targets)
         gradients = output_gradients(losses, calls)
         parts: list[tuple[Layer, _Part] | None] = []
-        for layer, made, passed in zip(self._layers, calls, gradients):
+        for layer, made, passed in zip(layers, calls, gradients):
             used = [(call.input, g) for call, g in zip(made, passed) if g is not None]
-            if any(call.input._version != call.version for call in made):
-                raise TaskError(
-                    f"the input of {layer.name} is changed in place after its use, which hides the layer's gradient",
-                    hint="Write x = x + y in place of x += y there",
-                )
             parts.append((layer, _KINDS[type(layer.module)](layer, *map(list, zip(*used)))) if used else None)
         nothing = torch.zeros(size, dtype=torch.float64, device=losses.device)
         squares = torch.stack([part[1].squares if part else nothing for part in parts])
 
         def weighted(factors: Tensor) -> list[Tensor]:
-            factors = factors.to(losses.dtype)
             sums: dict[int, Tensor] = {}
             for part, of_layer in zip(parts, factors):
                 if part:
                     layer, (_, weigh) = part
                     sums |= {layer.own[name]: total for name, total in weigh(of_layer).items()}
-            return [sums[i] if i in sums else torch.zeros_like(p) for i, p in enumerate(self._trained)]
+            return [sums[i] if i in sums else torch.zeros_like(p) for i, p in enumerate(self._subject.trained)]
 
         return ExampleGradients(squares, weighted)
 
@@ -88,38 +75,31 @@ def _linear(layer: Layer, inputs: list[Tensor], gradients: list[Tensor]) -> _Par
     positions, biased = x.shape[1], "bias" in layer.own
     if "weight" not in layer.own:
         return _instantiated(layer, {"bias": g.sum(1)})
-    if positions > 1 and 2 * positions**2 >= x.shape[2] * g.shape[2]:
+    if positions == 1:
+        return _one_position(x[:, 0], g[:, 0], biased)
+    if 2 * positions**2 >= x.shape[2] * g.shape[2]:
         return _instantiated(layer, {"weight": g.mT @ x} | ({"bias": g.sum(1)} if biased else {}))
-
-    def weighted(factors: Tensor) -> dict[str, Tensor]:
-        scaled = (g * factors[:, None, None]).flatten(0, 1)
-        sums = {"weight": scaled.mT @ x.flatten(0, 1)}
-        return sums | {"bias": scaled.sum(0)} if biased else sums
-
-    return _Part(_outer_squares(x, g, biased), weighted)
+    return _few_positions(layer, lambda: (x.double(), g.double()), biased)
 
 
 def _conv2d(layer: Layer, inputs: list[Tensor], gradients: list[Tensor]) -> _Part:
     """As a linear layer of patches: where there are few of them, else as it is."""
     module: Any = layer.module
-    positions, biased = gradients[0][0, 0].numel(), "bias" in layer.own
-    biases: dict[str, Any] = {"bias": sum(g.sum((2, 3)) for g in gradients)} if biased else {}
-    if "weight" not in layer.own:
-        return _instantiated(layer, biases)
-    if len(inputs) > 1 or module.groups > 1 or 2 * positions**2 >= module.weight.numel():
-        weights = sum(_conv2d_weights(module, x, g) for x, g in zip(inputs, gradients))
-        return _instantiated(layer, {"weight": weights, **biases})
-    x, g = inputs[0], gradients[0]
+    positions = gradients[0][0, 0].numel()
+    few = 2 * positions**2 < module.weight.numel() and len(inputs) == module.groups == 1
+    if few and "weight" in layer.own:
+        return _few_positions(layer, lambda: _patches(module, inputs[0], gradients[0]), "bias" in layer.own)
+    found: dict[str, Any] = {}
+    if "weight" in layer.own:
+        found["weight"] = sum(_conv2d_weights(module, x, g) for x, g in zip(inputs, gradients))
+    if "bias" in layer.own:
+        found["bias"] = sum(g.sum((2, 3)) for g in gradients)
+    return _instantiated(layer, found)
+
+
+def _patches(module: Any, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-
-    def weighted(factors: Tensor) -> dict[str, Tensor]:
-        scaled = g * factors[:, None, None, None]
-        weight = conv2d_weight(  # type: ignore[no-untyped-call]
-            x, module.weight.shape, scaled, module.stride, module.padding, module.dilation
-        )
-        return {"weight": weight} | {name: factors @ bias for name, bias in biases.items()}
-
-    return _Part(_outer_squares(patches.mT, g.flatten(2).mT, biased), weighted)
+    return patches.double().mT, g.flatten(2).double().mT
 
 
 def _conv2d_weights(module: Any, x: Tensor, g: Tensor) -> Tensor:
@@ -142,16 +122,17 @@ def _embedding(layer: Layer, inputs: list[Tensor], gradients: list[Tensor]) -> _
     tokens, g = torch.cat([t.reshape(len(t), -1) for t in inputs], 1), _sequence(gradients)
     if module.padding_idx is not None:
         g = g.masked_fill((tokens == module.padding_idx)[:, :, None], 0)
-    # Positions with the same token in the same example add up before they are squared.
+    # Positions with the same token in the same example add up before they are squared, and weighted.
     examples = torch.arange(len(tokens), device=tokens.device)
     pairs, place = torch.unique(tokens + module.num_embeddings * examples[:, None], return_inverse=True)
     rows = g.new_zeros(len(pairs), g.shape[2]).index_add_(0, place.flatten(), g.flatten(0, 1))
+    owners = pairs // module.num_embeddings
     squares = torch.zeros(len(tokens), dtype=torch.float64, device=g.device)
-    squares.index_add_(0, pairs // module.num_embeddings, squared_norms(rows))
+    squares.index_add_(0, owners, squared_norms(rows))
 
     def weighted(factors: Tensor) -> dict[str, Tensor]:
-        scaled = (g * factors[:, None, None]).flatten(0, 1)
-        return {"weight": torch.zeros_like(module.weight).index_add_(0, tokens.flatten(), scaled)}
+        scaled = rows * factors.to(rows.dtype)[owners, None]
+        return {"weight": torch.zeros_like(module.weight).index_add_(0, pairs % module.num_embeddings, scaled)}
 
     return _Part(squares, weighted)
 
@@ -182,28 +163,52 @@ def _instantiated(layer: Layer, gradients: dict[str, Any]) -> _Part:
     flat: dict[str, Tensor] = {name: g.flatten(1) for name, g in gradients.items()}
 
     def weighted(factors: Tensor) -> dict[str, Tensor]:
-        return {name: (factors @ g).view(getattr(layer.module, name).shape) for name, g in flat.items()}
+        return {name: weighted_sum(g, factors).view(getattr(layer.module, name).shape) for name, g in flat.items()}
 
     return _Part(torch.stack([squared_norms(g) for g in flat.values()]).sum(0), weighted)
 
 
-def _outer_squares(x: Tensor, g: Tensor, biased: bool) -> Tensor:
-    """Squared norms of the sums over positions of g x^T, from `(B, T, d)` and `(B, T, p)`, without these matrices.
+def _one_position(x: Tensor, g: Tensor, biased: bool) -> _Part:
+    """From inputs `(B, d)` and output gradients `(B, p)`: the norm of g x^T is the product of theirs."""
+    along, across = (torch.linalg.vector_norm(t, dim=1, dtype=torch.float64).square() for t in (x, g))
+    along = along.masked_fill(along > LARGEST_NORM**2, torch.inf)  # times what a tiny gradient's rounding leaves
+    # A GPU may have been told to round float32 to TF32, with 11 of 24 bits, before it multiplies matrices.
+    dtype = torch.float64 if x.is_cuda else x.dtype
 
-    In float64: products of positions that almost cancel would leave float32's rounding, and a tiny gradient times a
-    huge input would vanish before the two meet. Either is a norm that is too small, and a gradient that is too large.
+    def weighted(factors: Tensor) -> dict[str, Tensor]:
+        scaled = g.to(dtype) * factors.to(dtype)[:, None]
+        sums = {"weight": scaled.mT @ x.to(dtype)} | ({"bias": scaled.sum(0)} if biased else {})
+        return {name: total.to(x.dtype) for name, total in sums.items()}
+
+    return _Part((along + float(biased)) * across, weighted)
+
+
+def _few_positions(layer: Layer, sequences: Callable[[], tuple[Tensor, Tensor]], biased: bool) -> _Part:
+    """From inputs `(B, T, d)` and output gradients `(B, T, p)`, without the sums over positions of each example.
+
+    In float64: where an example's positions almost cancel, its norm is tiny and its factor large, and what float32's
+    rounding leaves of its positions in the sum could be many times the bound. What float64's leaves of them, in the
+    square here and in the sum, is less than what is added to the square.
 
     Args:
-        x: inputs.
-        g: output gradients.
-        biased: count the bias's gradient too, as if x had one more entry, which is 1.
+        layer: its weight is `(p, ...)`, d numbers in each row.
+        sequences: makes both in float64, large as they are: once for the norms, once more for the sum.
+        biased: count the bias's gradient too, as if each input had one more entry, which is 1.
     """
-    if x.shape[1] == 1:
-        along, across = (torch.linalg.vector_norm(t[:, 0], dim=1, dtype=torch.float64).square() for t in (x, g))
-        squares: Tensor = (along + float(biased)) * across
-        return squares
-    x, g = x.double(), g.double()
-    return ((x @ x.mT + float(biased)) * (g @ g.mT)).sum((1, 2)).clamp(min=0)
+    x, g = sequences()
+    alike, across = x @ x.mT + float(biased), g @ g.mT
+    lengths = (torch.diagonal(alike, 0, 1, 2) * torch.diagonal(across, 0, 1, 2)).sqrt().sum(1)
+    rounding = sum(x.shape[1:], g.shape[2]) * torch.finfo(x.dtype).eps
+
+    def weighted(factors: Tensor) -> dict[str, Tensor]:
+        parameter: Any = layer.module.weight
+        x, g = sequences()
+        scaled = (g * factors[:, None, None]).flatten(0, 1)
+        sums = {"weight": (scaled.mT @ x.flatten(0, 1)).view(parameter.shape)}
+        sums |= {"bias": scaled.sum(0)} if biased else {}
+        return {name: total.to(parameter.dtype) for name, total in sums.items()}
+
+    return _Part((alike * across).sum((1, 2)).clamp(min=0) + rounding * lengths.square(), weighted)
 
 
 def _sequence(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,35 +1,45 @@
-"""Gradients of single examples by Opacus's three ways."""
+"""Gradients of single examples by Opacus's formulas, in three ways."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fedtrain.errors import MissingExtraError, TaskError
-from fedtrain.privacy.clipping import ExampleGradients, Layer, squared_norms
+from fedtrain.privacy.clipping import ExampleGradients, Subject, squared_norms, weighted_sum
 from fedtrain.privacy.watching import Call, output_gradients, watched
 
 __all__ = ["OpacusEngine"]
 
-_Formula = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
-"""(layer, its inputs, its output's gradient) -> per parameter, each example's gradient, or its norm."""
+_Formula = Callable[[Any, list[Tensor], Tensor], Mapping[nn.Parameter, Tensor]]
+"""(module, its inputs, its output's gradient) -> per parameter, each example's gradient, or the norm of that."""
+
+
+class _Unit(NamedTuple):
+    """A module whose gradients one formula gives: a layer, or all that is in a module of no known kind."""
+
+    name: str
+    module: nn.Module
+    formula: _Formula
+    gives_norms: bool
 
 
 class OpacusEngine:
-    """Compute gradients of examples with Opacus, which is in the model only meanwhile.
+    """Compute gradients of examples with Opacus's formulas per layer, without its wrapper.
+
+    The wrapper would stay in the model, or be put on and off in each step; it computes weights' gradients that nobody
+    needs; and it hands convolutions in channels last to a formula that takes the wrong patches of them.
 
     Args:
-        model: it stays as it is, names and hooks included.
-        loss: (outputs, targets) -> `(B,)`.
-        trained: leaf parameters.
-        layers: whose parameters these are.
-        mode: hooks, GradSampleModule with its formulas per layer; functorch, the same with vmap in every layer; ghost,
-            GradSampleModuleFastGradientClipping, which knows norms alone and finds the sum by a second backward pass.
+        subject: what to differentiate; the model stays as it is.
+        mode: hooks, formulas per layer and vmap where there is none; functorch, vmap everywhere; ghost, norms alone
+            where there are formulas for them, and the sum by a second backward pass. Ghost is for an honest server: the
+            second pass rounds otherwise than the norms were made, and weights chosen for it make that many times the
+            bound. With TF32 on a GPU, honest weights can pass the bound by 1e-3.
 
     References:
         Yousefpour et al., "Opacus: User-Friendly Differential Privacy Library in PyTorch", 2021.
@@ -37,147 +47,127 @@ class OpacusEngine:
         (ghost clipping).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        trained: Sequence[Tensor],
-        layers: Sequence[Layer],
-        mode: str,
-    ) -> None:
-        self._model, self._loss, self._trained, self._layers, self._mode = model, loss, trained, layers, mode
-        self._wrapper = _wrapper(mode)
-        self._refuse()
-        names = {module: f"{path or 'the model'} ({type(module).__name__})" for path, module in model.named_modules()}
-        self._hooked: list[tuple[str, nn.Module]] = []
-        with self._wrapped() as wrapped:
-            self._hooked = [(names[module], module) for module in wrapped.iterate_submodules(model)]
+    def __init__(self, subject: Subject, mode: str) -> None:
+        self._subject, self._mode = subject, mode
+        self._places = {id(p): place for place, p in enumerate(subject.trained)}
+        self._units = list(self._find_units())
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> ExampleGradients:
-        # Opacus copies layers for vmap, hooks included, so its own must come first.
-        with self._wrapped() as wrapped, watched(self._hooked, len(inputs)) as calls, _quiet():
-            losses = self._loss(self._forward(wrapped, inputs, calls), targets)
-            ghost = self._mode == "ghost"
-            output_gradients(losses, calls, keep_graph=ghost)
-            kind = "_norm_sample" if ghost else "grad_sample"
-            found: list[Tensor | None] = [getattr(p, kind, None) for p in self._trained]
-        squares = [None if t is None else squared_norms(t) for t in found]
+        ghost = self._mode == "ghost"
+        with watched([(unit.name, unit.module) for unit in self._units], len(inputs)) as calls:
+            losses = self._subject.loss(self._subject.model(inputs), targets)
+        gradients = output_gradients(losses, calls, keep_graph=ghost)
+        samples: dict[int, Tensor] = {}
+        squares: dict[int, Tensor] = {}
+        for unit, made, passed in zip(self._units, calls, gradients):
+            if unit.gives_norms:
+                self._refuse_calls(unit, made)
+            used = [(call.input, g) for call, g in zip(made, passed) if g is not None]
+            for place, found in self._found(unit, used):
+                if unit.gives_norms:
+                    squares[place] = found.double().square()
+                else:
+                    samples[place] = samples[place] + found if place in samples else found
+        squares |= {place: squared_norms(sample) for place, sample in samples.items()}
         nothing = torch.zeros(len(inputs), dtype=torch.float64, device=losses.device)
-        per_layer = [
-            torch.stack([nothing, *(s for place in layer.own.values() if (s := squares[place]) is not None)]).sum(0)
-            for layer in self._layers
+        of_layers = [
+            sum((squares.get(place, nothing) for place in layer.own.values()), nothing)
+            for layer in self._subject.layers
         ]
-        weigh = self._by_second_pass(losses) if ghost else self._by_samples(found)
-        return ExampleGradients(torch.stack(per_layer), weigh)
+        weighted = self._by_second_pass(losses) if ghost else self._by_samples(samples)
+        return ExampleGradients(torch.stack(of_layers), weighted)
 
-    def _forward(self, wrapped: nn.Module, inputs: Tensor, calls: list[list[Call]]) -> Tensor:
-        try:
-            outputs: Tensor = wrapped(inputs)
-        except NotImplementedError as exc:
-            often = [name for (name, _), made in zip(self._hooked, calls) if len(made) > 1]
-            if self._mode != "ghost" or not often:
-                raise
-            raise _unsuited(often[0], "is called more than once", "ghost") from exc
-        if self._mode == "ghost":
-            for (name, module), made in zip(self._hooked, calls):
-                if isinstance(module, nn.Linear) and any(call.input.dim() > 3 for call in made):
-                    raise _unsuited(name, "takes more than three dimensions", "ghost")
-        return outputs
+    def _found(self, unit: _Unit, used: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        for x, g in used:
+            with torch.no_grad():
+                found = unit.formula(unit.module, [x.contiguous()], g.contiguous())
+            yield from ((self._places[id(p)], value) for p, value in found.items() if id(p) in self._places)
 
     def _by_second_pass(self, losses: Tensor) -> Callable[[Tensor], list[Tensor]]:
         def weighted(factors: Tensor) -> list[Tensor]:
-            total = (factors[0].to(losses.dtype) * losses).sum()
-            with _quiet():  # hooks stay in a graph from which they have been removed
-                return list(torch.autograd.grad(total, self._trained, materialize_grads=True))
+            total = losses.dot(factors[0].to(losses.dtype))
+            return list(torch.autograd.grad(total, self._subject.trained, materialize_grads=True))
 
         return weighted
 
-    def _by_samples(self, samples: list[Tensor | None]) -> Callable[[Tensor], list[Tensor]]:
-        of_layer = {place: number for number, layer in enumerate(self._layers) for place in layer.own.values()}
+    def _by_samples(self, samples: Mapping[int, Tensor]) -> Callable[[Tensor], list[Tensor]]:
+        layer_of = {place: number for number, layer in enumerate(self._subject.layers) for place in layer.own.values()}
 
-        def weighted(factors: Tensor) -> list[Tensor]:
-            return [
-                torch.zeros_like(p)
-                if sample is None
-                else (factors[of_layer[place]].to(sample.dtype) @ sample.reshape(len(sample), -1)).view(p.shape)
-                for place, (p, sample) in enumerate(zip(self._trained, samples))
-            ]
+        def total(place: int, p: Tensor, factors: Tensor) -> Tensor:
+            if place not in samples:
+                return torch.zeros_like(p)
+            return weighted_sum(samples[place].reshape(factors.shape[1], -1), factors[layer_of[place]]).view(p.shape)
 
-        return weighted
+        return lambda factors: [total(place, p, factors) for place, p in enumerate(self._subject.trained)]
 
-    def _refuse(self) -> None:
-        """Refuse layers for which Opacus's formulas are wrong."""
-        for layer in self._layers:
-            module: Any = layer.module
-            if next(module.buffers(), None) is not None:
-                raise _unsuited(layer.name, "has buffers", self._mode)
-            if self._mode == "ghost" and layer.shared:
-                raise _unsuited(layer.name, "shares a parameter", self._mode)
-            if self._mode == "functorch":
+    def _refuse_calls(self, unit: _Unit, made: Sequence[Call]) -> None:
+        """Norms of several calls do not add up, and Opacus has none for more than three dimensions."""
+        if len(made) > 1:
+            raise _unsuited(unit.name, "is called more than once", "ghost")
+        if isinstance(unit.module, nn.Linear) and any(call.input.dim() > 3 for call in made):
+            raise _unsuited(unit.name, "takes more than three dimensions", "ghost")
+
+    def _find_units(self) -> Iterator[_Unit]:
+        samples, norms = _formulas(self._mode)
+        inside: set[nn.Module] = set()
+        for path, module in self._subject.model.named_modules():
+            name = f"{path or 'the model'} ({type(module).__name__})"
+            if module in inside or not any(id(p) in self._places for p in module.parameters(recurse=False)):
                 continue
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                raise _unsuited(layer.name, "has a padding_idx", self._mode)
-            if isinstance(module, nn.LayerNorm) and module.bias is None:
-                raise _unsuited(layer.name, "has no bias", self._mode)
-            if isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros":
-                raise _unsuited(layer.name, f"pads with {module.padding_mode}", self._mode)
-
-    @contextmanager
-    def _wrapped(self) -> Iterator[Any]:
-        """Hang Opacus's hooks into the model, and take them and all else of its off again."""
-        wrapped = self._wrapper(self._model, loss_reduction="sum", force_functorch=self._mode == "functorch")
-        try:
-            yield wrapped
-        finally:
-            wrapped.to_standard_module()
-            for _, module in self._hooked:
-                for trace in ("activations", "max_batch_len"):
-                    vars(module).pop(trace, None)
+            if self._mode == "ghost" and any(layer.shared and layer.module is module for layer in self._subject.layers):
+                raise _unsuited(name, "shares a parameter", "ghost")
+            if self._mode != "functorch" and type(module) in samples:
+                _refuse_layer(name, module, self._mode)
+                yield _Unit(name, module, norms.get(type(module), samples[type(module)]), type(module) in norms)
+            else:
+                inside.update(module.modules())
+                if next(module.buffers(), None) is not None:
+                    raise _unsuited(name, "has buffers", self._mode)
+                yield _Unit(name, module, _by_vmap(module), False)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Let torch not warn of what is as it should be.
-
-    Hooks of the first layer fire though its input has no gradient; and Opacus asks for autocast to the tokens' dtype.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Full backward hook is firing|In C.* autocast", UserWarning)
-        yield
-
-
-def _wrapper(mode: str) -> Callable[..., Any]:
-    """Opacus's wrapper for a mode, with its formulas made right where they are not."""
+def _formulas(mode: str) -> tuple[Mapping[Any, _Formula], Mapping[Any, _Formula]]:
+    """Opacus's formulas for the gradients of layers, and in mode ghost for their norms."""
     try:
         from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
     except ModuleNotFoundError as exc:
         raise MissingExtraError("opacus", "privacy", f'[privacy] mode = "{mode}"') from exc
 
-    def plainly_laid_out(formula: _Formula) -> _Formula:
-        # Opacus takes patches of images, and views of tokens, as if all tensors were contiguous. Of images in channels
-        # last it would silently take the wrong ones.
-        return lambda layer, inputs, gradient: formula(layer, [t.contiguous() for t in inputs], gradient.contiguous())
-
     def in_float64(formula: _Formula) -> _Formula:
         # In float32 a tiny gradient times a huge input vanishes before the two meet: the norm would be too small.
-        return lambda layer, inputs, gradient: formula(
-            layer, [t.double() if t.is_floating_point() else t for t in inputs], gradient.double()
+        return lambda module, inputs, g: formula(
+            module, [t.double() if t.is_floating_point() else t for t in inputs], g.double()
         )
 
-    class Samples(GradSampleModule):  # type: ignore[misc]
-        GRAD_SAMPLERS = _each(plainly_laid_out, GradSampleModule.GRAD_SAMPLERS)
-
-    class Norms(GradSampleModuleFastGradientClipping):  # type: ignore[misc]
-        GRAD_SAMPLERS = Samples.GRAD_SAMPLERS
-        NORM_SAMPLERS = _each(in_float64, _each(plainly_laid_out, GradSampleModuleFastGradientClipping.NORM_SAMPLERS))
-
-    return Norms if mode == "ghost" else Samples
+    norms = GradSampleModuleFastGradientClipping.NORM_SAMPLERS if mode == "ghost" else {}
+    return GradSampleModule.GRAD_SAMPLERS, {kind: in_float64(formula) for kind, formula in norms.items()}
 
 
-def _each(change: Callable[[_Formula], _Formula], formulas: Mapping[Any, _Formula]) -> dict[Any, _Formula]:
-    return {kind: change(formula) for kind, formula in formulas.items()}
+def _by_vmap(module: nn.Module) -> _Formula:
+    from opacus.grad_sample.functorch import prepare_layer
+
+    prepare_layer(module)
+    of_batch = vars(module).pop("ft_compute_sample_grad")
+
+    def formula(module: nn.Module, inputs: list[Tensor], g: Tensor) -> Mapping[nn.Parameter, Tensor]:
+        parameters = list(module.parameters())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "In C.* autocast", UserWarning)  # Opacus asks for it in the tokens' dtype
+            return dict(zip(parameters, of_batch(parameters, inputs[0], g)))
+
+    return formula
 
 
-def _unsuited(layer: str, why: str, mode: str) -> TaskError:
-    others = '"fast" or "hooks"' if mode == "ghost" else '"fast" or "functorch"'
-    return TaskError(f'[privacy] mode = "{mode}" is not right for {layer}, which {why}', hint=f"Use mode = {others}")
+def _refuse_layer(name: str, module: Any, mode: str) -> None:
+    """Refuse layers that Opacus's formulas are wrong for."""
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        raise _unsuited(name, "has a padding_idx", mode)
+    if isinstance(module, nn.LayerNorm) and module.bias is None:
+        raise _unsuited(name, "has no bias", mode)
+    if isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros":
+        raise _unsuited(name, f"pads with {module.padding_mode}", mode)
+
+
+def _unsuited(name: str, why: str, mode: str) -> TaskError:
+    others = {"hooks": '"fast" or "functorch"', "ghost": '"fast" or "hooks"', "functorch": '"fast"'}[mode]
+    return TaskError(f'[privacy] mode = "{mode}" is not right for {name}, which {why}', hint=f"Use mode = {others}")

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from fedtrain.errors import InputError, RunError
 from fedtrain.experiment.privacy import SamplePrivacy
 from fedtrain.privacy.accounting import Spend
-from fedtrain.privacy.clipping import Clip, Engine, clipped_sum, layers_of
+from fedtrain.privacy.clipping import Clip, Engine, Subject, clipped_sum, layers_of
 from fedtrain.privacy.fast import FastEngine, covers
 from fedtrain.privacy.gradients import OpacusEngine
 from fedtrain.privacy.rng import NoiseSource
-from fedtrain.privacy.suitability import Trial, check_layers
+from fedtrain.privacy.suitability import check_layers, try_engine
 
 __all__ = ["PrivateGradients"]
 
@@ -54,23 +54,22 @@ class PrivateGradients:
                 expected=f"at least {_LEAST_NORM:g}",
             )
         check_layers(model, trained)
-        layers = layers_of(model, trained)
+        self._subject = Subject(model, loss, list(trained), layers_of(model, trained))
         per_layer = section.clipping == "per-layer"
         if per_layer and section.mode == "ghost":
             raise InputError(
                 'privacy.mode = "ghost" cannot clip per layer: it weights the whole loss of an example',
                 hint='Use clipping = "flat", or mode = "fast" or "hooks"',
             )
-        self._trained, self._section = list(trained), section
-        self._clip = Clip(section.max_grad_norm, per_layer)
-        self._trial: Trial | None = Trial(model, loss, self._trained, layers)
+        self._section, self._clip = section, Clip(section.max_grad_norm, per_layer)
+        self._tried = False
         self._engine: Engine
-        if section.mode in ("auto", "fast") and all(map(covers, layers)):
+        if section.mode in ("auto", "fast") and all(map(covers, self._subject.layers)):
             self.mode = "fast"
-            self._engine = FastEngine(model, loss, self._trained, layers)
+            self._engine = FastEngine(self._subject)
         else:
             self.mode = "hooks" if section.mode in ("auto", "fast") else section.mode
-            self._engine = OpacusEngine(model, loss, self._trained, layers, self.mode)
+            self._engine = OpacusEngine(self._subject, self.mode)
 
     def steps(self, inputs: Tensor, targets: Tensor, charge: Spend, noise: NoiseSource) -> Iterator[list[Tensor]]:
         """Yield `charge.steps` gradients, each for the model as it then stands.
@@ -89,9 +88,9 @@ class PrivateGradients:
         expected_batch = charge.sample_rate * len(inputs)
         if not expected_batch:
             raise RunError("DP-SGD has nothing to sample", got=f"sample rate {charge.sample_rate} of {len(inputs)}")
-        if self._trial:
-            self._trial.run(self._engine, inputs, targets)
-            self._trial = None
+        if not self._tried:
+            try_engine(self._engine, self._subject, inputs, targets)
+            self._tried = True
         std = charge.noise_multiplier * self._section.max_grad_norm
         for _ in range(charge.steps):
             rows = noise.poisson_mask(len(inputs), charge.sample_rate).nonzero()[:, 0].to(inputs.device)
@@ -109,4 +108,4 @@ class PrivateGradients:
                 total = part
             elif part is not None:
                 torch._foreach_add_(total, part)
-        return [torch.zeros_like(p) for p in self._trained] if total is None else total
+        return [torch.zeros_like(p) for p in self._subject.trained] if total is None else total

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from fedtrain.errors import FedtrainError, TaskError
 from fedtrain.params import exchanged
-from fedtrain.privacy.clipping import Engine, Layer
+from fedtrain.privacy.clipping import Engine, Subject
 from fedtrain.seeds import global_torch_seed
 
-__all__ = ["Trial", "check_layers"]
+__all__ = ["check_layers", "try_engine"]
 
 _OWN = "fedtrain's own in fedtrain/tasks/text.py is built from nn.Linear"
 _REFUSED: tuple[tuple[type[nn.Module], str, str], ...] = (
@@ -44,7 +44,7 @@ def check_layers(model: nn.Module, trained: Sequence[Tensor]) -> None:
             )
         if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
             raise TaskError(
-                f"DP-SGD cannot take {name}: its rows change with the batch",
+                f"DP-SGD cannot take {name}: its rows, or its gradient's, depend on the batch",
                 hint="Leave out max_norm, scale_grad_by_freq and sparse",
             )
     buffers = exchanged(model).keys() - dict(model.named_parameters()).keys()
@@ -63,97 +63,143 @@ def check_layers(model: nn.Module, trained: Sequence[Tensor]) -> None:
         raise TaskError("DP-SGD has no parameter to train", expected="one that requires a gradient")
 
 
-class Trial:
-    """Try a model on a few examples, and an engine on the model.
+def try_engine(engine: Engine, subject: Subject, inputs: Tensor, targets: Tensor) -> None:
+    """Try a model on random examples, and an engine on the model.
 
-    An example's loss must not change with the others in its batch, nor may training change a buffer: there would be no
-    noise on either. And the engine must find the gradients that autograd finds for one example at a time.
+    An example's loss must not change with the others in its batch, nor with their number, nor may training change a
+    buffer: there would be no noise on it. And the engine must find the gradients that autograd finds. Layers of dropout
+    rest meanwhile. Where a model draws random numbers elsewhere, its batches of unequal size cannot be compared.
 
     Args:
-        model: in training mode.
-        loss: (outputs, targets) -> `(B,)`.
-        trained: leaf parameters.
-        layers: whose parameters these are.
+        engine: for the subject.
+        subject: model and loss.
+        inputs: their shape and dtype are taken, and not their values: neither a failing nor its text tells of these.
+        targets: likewise.
+
+    Raises:
+        TaskError: it is not so, or the model cannot be tried: it fails, or its losses are not finite.
     """
+    inputs, targets = _invented(subject.model, inputs, targets)
+    before = {name: b.clone() for name, b in subject.model.named_buffers()}
+    try:
+        with _without_dropout(subject.model):
+            for place in (0, -1):
+                _refuse_mixing(subject, inputs, targets, place)
+            for name, buffer in subject.model.named_buffers():
+                if name not in before or not torch.equal(buffer, before[name]):
+                    raise TaskError(f"DP-SGD cannot take the buffer {name}: training changes it without noise")
+            _check(engine, subject, inputs[:2], targets[:2])
+    except FedtrainError:
+        raise
+    except Exception as exc:
+        raise _untried(f"{type(exc).__name__}: {exc}") from exc
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        trained: Sequence[Tensor],
-        layers: Sequence[Layer],
-    ) -> None:
-        self._model, self._loss, self._trained, self._layers = model, loss, trained, layers
 
-    def run(self, engine: Engine, inputs: Tensor, targets: Tensor) -> None:
-        """Raise TaskError if the model or the engine fails on the first of some examples."""
-        inputs, targets = inputs[:_TRIED], targets[:_TRIED]
-        before = {name: b.clone() for name, b in self._model.named_buffers()}
-        with torch.no_grad():
-            among_others, alone = self._losses(inputs, targets)[0], self._losses(*_copies(inputs, targets))[0]
-        if not torch.allclose(among_others, alone, rtol=1e-4, atol=1e-6, equal_nan=True):
+def _invented(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw numbers that most models and losses can take.
+
+    Floats are between 0 and 1, where logarithms and roots are defined; classes are 0 or 1, which all of two classes or
+    more have; and tokens have a row in each embedding, but for those of one row.
+    """
+    rows = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings > 1]
+    rng = torch.Generator().manual_seed(0)
+
+    def like(real: Tensor, below: int) -> Tensor:
+        shape = (_TRIED, *real.shape[1:])
+        if real.is_floating_point():
+            return torch.rand(shape, generator=rng, dtype=torch.float64).to(real)
+        return torch.randint(below, shape, generator=rng).to(real)
+
+    layout = torch.contiguous_format
+    if inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last):
+        layout = torch.channels_last
+    return like(inputs, min(rows, default=2)).contiguous(memory_format=layout), like(targets, 2)
+
+
+@torch.no_grad()
+def _refuse_mixing(subject: Subject, inputs: Tensor, targets: Tensor, place: int) -> None:
+    """Compare an example's loss by itself, beside another, in the whole batch, and beside as many copies of itself."""
+    every = list(range(len(inputs)))
+
+    def loss(rows: list[int], draw: int = 0) -> Tensor:
+        return _losses(subject, inputs[rows], targets[rows], draw)[place]
+
+    alone = loss([every[place]])
+    if not alone.isfinite():
+        raise _untried(f"a loss of {float(alone)}")
+    repeatable = torch.allclose(alone, loss([every[place]], draw=1))
+    for rows in ([every[0], every[-1]], every):
+        copies = loss([every[place]] * len(rows))
+        same_others = torch.allclose(loss(rows), copies, rtol=1e-4, atol=1e-6)
+        same_number = torch.allclose(copies, alone, rtol=1e-2, atol=1e-4)  # sizes differ in rounding
+        if not same_others or (repeatable and not same_number):
             raise TaskError(
                 "DP-SGD cannot take this model: the loss of an example depends on the others in its batch",
-                got=f"{float(among_others):g} among others and {float(alone):g} among copies of itself",
-                hint="Normalise each example by itself, as nn.GroupNorm and nn.LayerNorm do",
+                hint="Normalise each example by itself, as nn.GroupNorm and nn.LayerNorm do, and leave the mean over "
+                "a batch to fedtrain",
             )
-        for name, buffer in self._model.named_buffers():
-            if name not in before or not torch.equal(buffer, before[name]):
-                raise TaskError(f"DP-SGD cannot take the buffer {name}: training changes it without noise")
-        try:
-            self._check(engine, inputs, targets)
-        except FedtrainError:
-            raise
-        except Exception as exc:
-            raise TaskError(
-                f"DP-SGD cannot take this model: {type(exc).__name__}: {exc}", hint="Try another [privacy] mode"
-            ) from exc
 
-    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        with _same_dropout():
-            losses = self._loss(self._model(inputs), targets)
-        if losses.shape != (len(inputs),):
+
+def _untried(got: str) -> TaskError:
+    return TaskError(
+        "DP-SGD cannot try this model on random examples, as it must before it trains on real ones",
+        got=got,
+        expected="finite losses for floats from 0 to 1, tokens that every embedding has, and the classes 0 and 1",
+        hint="Let the model take such inputs, and batches of any size, or try another [privacy] mode",
+    )
+
+
+def _losses(subject: Subject, inputs: Tensor, targets: Tensor, draw: int = 0) -> Tensor:
+    with global_torch_seed(draw, "try-model"):
+        losses = subject.loss(subject.model(inputs.clone()), targets)  # a layer may work in place
+    if losses.shape != (len(inputs),):
+        raise TaskError(
+            "the loss must give one number per example",
+            got=f"shape {tuple(losses.shape)} for {len(inputs)} examples",
+            expected=f"shape ({len(inputs)},)",
+        )
+    return losses
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Let layers of dropout pass everything: what they draw for an example depends on its place in a batch."""
+    active = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
+    try:
+        for module in active:
+            module.training = False
+        yield
+    finally:
+        for module in active:
+            module.training = True
+
+
+def _check(engine: Engine, subject: Subject, inputs: Tensor, targets: Tensor) -> None:
+    """Compare each example's gradient with autograd's; leave out what is not finite."""
+    losses = _losses(subject, inputs, targets)
+    for number in range(len(inputs)):
+        with global_torch_seed(0, "try-model"):
+            squares, weighted = engine(inputs.clone(), targets)
+        finite = squares.isfinite().all(0)
+        if not finite.all():
+            if finite.any():
+                _check(engine, subject, inputs[finite], targets[finite])
+            return
+        chosen = torch.zeros_like(squares)
+        chosen[:, number] = 1
+        expected = torch.autograd.grad(losses[number], subject.trained, retain_graph=True, materialize_grads=True)
+        _compare(subject, expected, weighted(chosen), squares[:, number])
+
+
+def _compare(subject: Subject, expected: Sequence[Tensor], found: Sequence[Tensor], squares: Tensor) -> None:
+    whole = float(torch.stack([g.double().norm() for g in expected]).norm())
+    for layer, square in zip(subject.layers, squares):
+        want, got = (torch.cat([g[i].double().flatten() for i in layer.own.values()]) for g in (expected, found))
+        # Wide enough for TF32, and for squares that vanish; a use of a parameter that was missed leaves far more.
+        allowed = 1e-2 * float(want.norm()) + 1e-3 * whole + 1e-12
+        if not float((want - got).norm()) <= allowed or not abs(float(square.sqrt() - want.norm())) <= allowed:
             raise TaskError(
-                "the loss must give one number per example",
-                got=f"shape {tuple(losses.shape)} for {len(inputs)} examples",
-                expected=f"shape ({len(inputs)},)",
+                f"DP-SGD cannot take this model: its gradient of one example is not autograd's in {layer.name}",
+                expected="parameters that are used by calling the module that owns them",
+                hint='Give that module a forward of its own, or try [privacy] mode = "functorch"',
             )
-        return losses
-
-    def _check(self, engine: Engine, inputs: Tensor, targets: Tensor) -> None:
-        """Compare the first and the last example's gradient with autograd's; leave out what is not finite."""
-        losses = self._losses(inputs, targets)
-        for number in (0, len(inputs) - 1):
-            with _same_dropout():
-                squares, weighted = engine(inputs, targets)
-            finite = squares.isfinite().all(0)
-            if not finite.all():
-                if finite.any():
-                    self._check(engine, inputs[finite], targets[finite])
-                return
-            chosen = torch.zeros_like(squares)
-            chosen[:, number] = 1
-            expected = torch.autograd.grad(losses[number], self._trained, retain_graph=True, materialize_grads=True)
-            self._compare(expected, weighted(chosen), squares[:, number])
-
-    def _compare(self, expected: Sequence[Tensor], found: Sequence[Tensor], squares: Tensor) -> None:
-        whole = float(torch.stack([g.norm() for g in expected]).norm())
-        for layer, square in zip(self._layers, squares):
-            want, got = (torch.cat([g[i].flatten() for i in layer.own.values()]) for g in (expected, found))
-            # Wide enough for TF32; a use of a parameter that was missed leaves far more.
-            allowed = 1e-2 * float(want.norm()) + 1e-3 * whole
-            if not float((want - got).norm()) <= allowed or not abs(float(square.sqrt() - want.norm())) <= allowed:
-                raise TaskError(
-                    f"DP-SGD cannot take this model: its gradient of one example is not autograd's in {layer.name}",
-                    expected="parameters that are used by calling the module that owns them",
-                    hint='Give that module a forward of its own, or try [privacy] mode = "functorch"',
-                )
-
-
-def _copies(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As many copies of the first example."""
-    return inputs[:1].expand_as(inputs).clone(), targets[:1].expand_as(targets).clone()
-
-
-def _same_dropout() -> AbstractContextManager[None]:
-    return global_torch_seed(0, "try-model")

@@ -32,7 +32,8 @@ def watched(modules: Sequence[tuple[str, nn.Module]], size: int) -> Iterator[lis
         size: examples in the batch.
 
     Raises:
-        TaskError: a module takes or gives something whose first dimension is not the batch.
+        TaskError: a module takes or gives something whose first dimension is not the batch, or its input is
+            overwritten within the context.
     """
     calls: list[list[Call]] = [[] for _ in modules]
 
@@ -52,12 +53,19 @@ def watched(modules: Sequence[tuple[str, nn.Module]], size: int) -> Iterator[lis
 
         return note
 
+    # First, for a hook of the model's own may put another output in place.
     handles = [
         module.register_forward_hook(noting(name, made), prepend=True, with_kwargs=True)
         for (name, module), made in zip(modules, calls)
     ]
     try:
         yield calls
+        for (name, _), made in zip(modules, calls):
+            if any(call.input._version != call.version for call in made):
+                raise TaskError(
+                    f"the input of {name} is changed in place after its use, which hides the layer's gradient",
+                    hint="Write x = x + y in place of x += y there",
+                )
     finally:
         for handle in handles:
             handle.remove()

@@ -242,6 +242,26 @@ class Unused(nn.Module):
         return self.fc(x)
 
 
+class ChangedInput(nn.Module):
+    """The input of a layer is overwritten once it has been used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        x += 1
+        return y
+
+
+def hooked() -> nn.Module:
+    """A hook of the model's own doubles the output."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model
+
+
 def frozen(module: nn.Module, *names: str) -> nn.Module:
     for name in names:
         module.get_parameter(name).requires_grad_(False)
@@ -260,6 +280,8 @@ MODELS = {
     "0-d parameter": (Scaled, FEATURES, NOT_FAST),
     "adapters": (Adapted, FEATURES, MODES),
     "unused layers": (Unused, FEATURES, MODES),
+    "own hook": (hooked, FEATURES, ("fast", "hooks", "ghost")),
+    "first layer in place": (lambda: nn.Sequential(nn.ReLU(True), nn.Linear(3, 2)), FEATURES + 1, MODES),
     "bias alone": (lambda: frozen(nn.Linear(3, 2), "weight"), FEATURES, MODES),
     "four dimensions": (lambda: nn.Linear(5, 2), IMAGES, NOT_GHOST),
     "few positions": (lambda: nn.Linear(20, 30), IMAGES.reshape(3, 6, 20), MODES),
@@ -304,8 +326,10 @@ REFUSED = {
     "hooks: circular": (lambda: nn.Conv2d(4, 2, 3, padding_mode="circular"), IMAGES, "hooks", "pads with circular"),
     "fast: borrowed": (Borrowed, TOKENS, "fast", r"embedding \(Embedding\)"),
     "hooks: borrowed": (Borrowed, TOKENS, "hooks", r"embedding \(Embedding\)"),
+    "fast: input in place": (ChangedInput, FEATURES, "fast", r"fc \(Linear\) is changed in place"),
+    "hooks: input in place": (ChangedInput, FEATURES, "hooks", r"fc \(Linear\) is changed in place"),
     "positions first": (
-        lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(5, 1), nn.Unflatten(0, (3, -1))),
+        lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(5, 1), nn.Unflatten(0, (-1, 6))),
         IMAGES[:, 0],
         "fast",
         r"apart in 1 \(Linear\)",
@@ -318,6 +342,17 @@ def test_what_a_mode_gets_wrong_is_refused_by_name(name):
     build, inputs, mode, words = REFUSED[name]
     with pytest.raises(TaskError, match=words):
         noiseless(private(build(), lambda outputs, _: outputs.flatten(1).square().sum(1), mode=mode), inputs, inputs)
+
+
+def test_a_formula_with_too_small_a_norm_is_refused(monkeypatch):
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+    formulas = GradSampleModuleFastGradientClipping.NORM_SAMPLERS
+    right = formulas[nn.Linear]
+    halved = lambda *layer: {p: norms / 2 for p, norms in right(*layer).items()}  # noqa: E731
+    monkeypatch.setitem(formulas, nn.Linear, halved)
+    with pytest.raises(TaskError, match="not autograd's"):
+        noiseless(private(nn.Linear(3, 1), mode="ghost"), FEATURES, torch.ones(3))
 
 
 def test_ghost_cannot_clip_per_layer():

@@ -42,7 +42,7 @@ def steps(gradients: PrivateGradients, inputs: Tensor, noise: float, rate: float
 
 def test_each_example_is_included_by_a_coin_of_its_own():
     # Example i has gradient 1 at place i alone, so the gradient times q n is the coins.
-    count, n, rate = 4000, 6, 0.3
+    count, n, rate = 1500, 6, 0.3
     coins = steps(private(linear(n)), torch.eye(n), 0, rate, count) * rate * n
     assert set(coins.round(decimals=3).unique().tolist()) == {0.0, 1.0}
     tolerance = 4.9 * math.sqrt(rate * (1 - rate) / count)
@@ -116,6 +116,16 @@ def test_an_example_that_is_not_finite_counts_as_zero(mode, clipping, bad):
     assert not any(g.any() for g in only_bad)
 
 
+def test_the_trial_is_of_the_first_round_alone():
+    calls = []
+    gradients = private(linear(1), lambda outputs, _: calls.append(1) or outputs[:, 0])
+    steps(gradients, torch.ones(2, 1), 0, 1, 3)
+    first = len(calls)
+    steps(gradients, torch.ones(2, 1), 0, 1, 3)
+    assert len(calls) == first + 3
+    assert first > 3
+
+
 def test_a_gradient_of_zero_is_no_division_by_zero():
     assert not steps(private(linear(3)), torch.zeros(2, 3), 0, 1, 1).any()
 
@@ -131,6 +141,78 @@ def test_each_gradient_is_of_the_model_as_it_then_stands():
         model.weight.zero_()
     assert next(taken)[0].item() == 0.0
     assert next(taken, None) is None
+
+
+class Enlarged(nn.Module):
+    """The outputs of a layer, or the difference of those at two positions, times a number."""
+
+    def __init__(self, layer: nn.Module, positions: int | None = None) -> None:
+        super().__init__()
+        self.layer, self.positions, self.factor = layer, positions, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x).flatten(2) if self.positions else self.layer(x)
+        if self.positions:
+            first, second = out.unbind(self.positions)
+            out = first - second
+        return out * self.factor
+
+
+def last_is(values: Tensor) -> Tensor:
+    """Five random examples, then the given one."""
+    return torch.cat([torch.randn(5, *values.shape, generator=torch.Generator().manual_seed(1)), values[None]])
+
+
+ALIKE = torch.linspace(0.1, 1.7, 8)
+ATTACKS = {  # a model, its inputs with the attacker as the last one, the factor, max_grad_norm
+    "positions cancel": (
+        lambda: Enlarged(nn.Linear(8, 8), positions=1),
+        last_is(ALIKE.expand(2, 8)),
+        1e18,
+        1.0,
+    ),
+    "pixels cancel": (
+        lambda: Enlarged(nn.Conv2d(8, 8, 1), positions=2),
+        last_is(ALIKE[:, None, None].expand(8, 1, 2)),
+        1e18,
+        1.0,
+    ),
+    "tokens cancel": (
+        lambda: Enlarged(nn.Embedding(3, 8), positions=1),
+        torch.tensor([[1, 2]] * 5 + [[1, 1]]),
+        1e18,
+        1.0,
+    ),
+    "tiny factor": (lambda: Enlarged(nn.Linear(1, 1)), last_is(torch.tensor([1e25])), 1e20, 1.0),
+    "tiny gradient": (lambda: Enlarged(nn.Linear(2, 1, bias=False)), last_is(torch.full((2,), 3.2e38)), 1e-38, 1e-6),
+}
+
+
+@pytest.mark.parametrize("mode", ["fast", "hooks", "functorch"])  # ghost is for servers that do not attack
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_weights_give_an_example_more_influence_than_the_bound(attack, mode):
+    build, inputs, factor, bound = ATTACKS[attack]
+    model = build()
+    gradients = private(model, mode=mode, max_grad_norm=bound)
+
+    def total(rows: Tensor) -> Tensor:
+        (found,) = gradients.steps(rows, torch.zeros(len(rows)), Spend(0, 1, 1), NoiseSource())
+        return torch.cat([g.double().flatten() for g in found]) * len(rows)
+
+    total(inputs)  # the trial is of an honest model
+    model.factor = factor
+    assert float((total(inputs) - total(inputs[:-1])).norm()) <= bound * (1 + 1e-5)
+
+
+def test_positions_that_do_not_cancel_are_not_clipped_for_their_rounding():
+    # 6 positions of one gradient: the norm is their sum's to 1e-10, and half of it the bound.
+    model = nn.Linear(20, 30, bias=False).double()
+    found = []
+    for bound in (1e9, 0.5 * 6 * math.sqrt(600)):
+        gradients = private(model, max_grad_norm=bound)
+        inputs = torch.ones(1, 6, 20, dtype=torch.float64)
+        found.append(next(gradients.steps(inputs, torch.zeros(1), Spend(0, 1, 1), NoiseSource()))[0])
+    torch.testing.assert_close(found[1], found[0] / 2, rtol=1e-10, atol=0)
 
 
 def test_steps_come_in_the_order_of_trained_and_leave_others_alone():
@@ -199,18 +281,127 @@ def test_models_are_refused_by_name(build, words):
         private(build())
 
 
+class Doubled(nn.Module):
+    """An example's output grows with the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * len(x)
+
+
+class Paired(nn.Module):
+    """Each example is mixed with the one after it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out + out.roll(1, 0)
+
+
+MIXING = {
+    "centred": (lambda: Centred(nn.Linear(2, 1)), output, "depends on the others"),
+    "centred loss": (lambda: nn.Linear(2, 1), lambda out, _: out[:, 0] - out.mean(), "depends on the others"),
+    "mean": (lambda: nn.Linear(2, 1), lambda out, _: out[:, 0] / len(out), "depends on the others"),
+    "number": (Doubled, output, "depends on the others"),
+    "mean behind dropout": (
+        lambda: nn.Sequential(nn.Linear(2, 9), nn.Dropout(), nn.Linear(9, 1)),
+        lambda out, _: out[:, 0] / len(out),
+        "depends on the others",
+    ),
+    "neighbour": (lambda: Paired(nn.Linear(2, 1)), output, "depends on the others"),
+    "neighbour behind noise": (
+        lambda: nn.Sequential(Noisy(), Paired(nn.Linear(2, 1))),
+        output,
+        "depends on the others",
+    ),
+    "targets": (lambda: nn.Linear(2, 1), lambda out, t: out[:, 0] * (t - t.mean()), "depends on the others"),
+    "buffer": (Counting, output, "buffer seen"),
+    "one loss": (lambda: nn.Linear(2, 1), lambda out, _: out.mean(), "one number per example"),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("examples", [torch.randn(4, 2), torch.ones(4, 2), torch.ones(1, 2)])
+def test_what_mixes_or_keeps_examples_is_refused_before_the_first_step(name, examples):
+    build, loss, words = MIXING[name]
+    targets = torch.zeros(len(examples))
+    with pytest.raises(TaskError, match=words):
+        next(private(build(), loss).steps(examples, targets, Spend(1, 0.5, 1), NoiseSource()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8, torch.int64, torch.bool])
+def test_the_trial_sees_nothing_of_the_examples(dtype):
+    seen = []
+
+    class Spying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.clone())
+            return self.fc(x.float())
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append(targets.clone())
+        return outputs[:, 0] * (1.0 + targets)
+
+    trials = []
+    for inputs in (torch.zeros(2, 3), torch.full((20, 3), 9.0)):
+        seen.clear()
+        first = private(Spying(), loss).steps(inputs.to(dtype), inputs[:, 0].to(dtype), Spend(0, 1, 1), NoiseSource())
+        next(first)
+        trials.append(seen[:-2])  # without the step itself
+    assert len(trials[0]) == len(trials[1]) > 0
+    for one, other in zip(*trials):
+        assert one.dtype == dtype
+        assert torch.equal(one, other)
+
+
+def test_tokens_of_the_trial_have_a_row_in_every_embedding():
+    class Typed(nn.Module):
+        """Of its embeddings one has a single row, and takes no tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.position, self.kind = nn.Embedding(50, 4), nn.Embedding(3, 4), nn.Embedding(1, 4)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.token(tokens) + self.position(tokens % 3) + self.kind(torch.zeros_like(tokens))
+
+    tokens = torch.tensor([[40, 1], [2, 30]])
+    assert next(private(Typed()).steps(tokens, tokens, Spend(0, 1, 1), NoiseSource()))[0][40].any()
+
+
 @pytest.mark.parametrize(
-    ("model", "loss", "words"),
+    ("loss", "words"),
     [
-        (lambda: Centred(nn.Linear(2, 1)), output, "depends on the others"),
-        (lambda: nn.Linear(2, 1), lambda out, _: out[:, 0] / len(out) - out.mean(), "depends on the others"),
-        (Counting, output, "buffer seen"),
-        (lambda: nn.Linear(2, 1), lambda out, _: out.mean(), "one number per example"),
+        (lambda out, _: (out[:, 0] - 1e9).log(), "got a loss of nan"),
+        (lambda out, t: out[:, 0] + torch.tensor([0.0])[(t * 1e9).long()], "got IndexError"),
     ],
 )
-def test_what_mixes_or_keeps_examples_is_refused_before_the_first_step(model, loss, words):
-    with pytest.raises(TaskError, match=words):
-        next(private(model(), loss).steps(torch.randn(4, 2), torch.zeros(4), Spend(1, 0.5, 1), NoiseSource()))
+def test_a_model_that_cannot_be_tried_is_refused_with_the_reason(loss, words):
+    with pytest.raises(TaskError, match=rf"cannot try.*{words}.*from 0 to 1"):
+        next(private(nn.Linear(2, 1), loss).steps(torch.ones(3, 2), torch.ones(3), Spend(1, 0.5, 1), NoiseSource()))
+
+
+class Noisy(nn.Module):
+    """Dropout by hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand_like(x)
+
+
+def test_other_randomness_than_dropout_is_no_reason_to_refuse():
+    model = nn.Sequential(nn.Linear(2, 3), Noisy(), nn.Linear(3, 1))
+    for mode in MODES:
+        next(private(model, mode=mode).steps(torch.ones(4, 2), torch.zeros(4), Spend(0, 1, 1), NoiseSource()))
 
 
 def test_dropout_is_no_reason_to_refuse_and_its_stream_is_left_alone():
