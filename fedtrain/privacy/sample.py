@@ -36,6 +36,11 @@ class PrivateGradients:
     Raises:
         TaskError: DP-SGD, or the mode, cannot take the model.
 
+    Floating-point caveat: whatever weights the server sends, an example adds at most max_grad_norm to the sum, give or
+    take a few millionths; mode ghost alone trusts them. But a model may round otherwise in a batch of another size, so
+    what the other examples add, each within its bound, can change too where weights enlarge rounding. With
+    physical_batch_size = 1 no example meets another in the model.
+
     References:
         Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, algorithm 1.
     """

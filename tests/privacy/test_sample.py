@@ -292,16 +292,16 @@ class Doubled(nn.Module):
         return self.fc(x) * len(x)
 
 
-class Paired(nn.Module):
-    """Each example is mixed with the one after it."""
+class Mixed(nn.Module):
+    """Each example is added to those after it, or before."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, backwards: bool = False) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.backwards = layer, backwards
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.layer(x)
-        return out + out.roll(1, 0)
+        return out.flip(0).cumsum(0).flip(0) if self.backwards else out.cumsum(0)
 
 
 MIXING = {
@@ -314,12 +314,9 @@ MIXING = {
         lambda out, _: out[:, 0] / len(out),
         "depends on the others",
     ),
-    "neighbour": (lambda: Paired(nn.Linear(2, 1)), output, "depends on the others"),
-    "neighbour behind noise": (
-        lambda: nn.Sequential(Noisy(), Paired(nn.Linear(2, 1))),
-        output,
-        "depends on the others",
-    ),
+    "those before": (lambda: Mixed(nn.Linear(2, 1)), output, "depends on the others"),
+    "those after": (lambda: Mixed(nn.Linear(2, 1), backwards=True), output, "depends on the others"),
+    "behind noise": (lambda: nn.Sequential(Noisy(), Mixed(nn.Linear(2, 1))), output, "depends on the others"),
     "targets": (lambda: nn.Linear(2, 1), lambda out, t: out[:, 0] * (t - t.mean()), "depends on the others"),
     "buffer": (Counting, output, "buffer seen"),
     "one loss": (lambda: nn.Linear(2, 1), lambda out, _: out.mean(), "one number per example"),
@@ -375,8 +372,11 @@ def test_tokens_of_the_trial_have_a_row_in_every_embedding():
         def forward(self, tokens: Tensor) -> Tensor:
             return self.token(tokens) + self.position(tokens % 3) + self.kind(torch.zeros_like(tokens))
 
-    tokens = torch.tensor([[40, 1], [2, 30]])
-    assert next(private(Typed()).steps(tokens, tokens, Spend(0, 1, 1), NoiseSource()))[0][40].any()
+    tokens, charge = torch.tensor([[40, 1], [2, 30]]), Spend(0, 1, 1)
+    assert next(private(Typed()).steps(tokens, tokens, charge, NoiseSource()))[0][40].any()
+    centred = private(Typed(), lambda out, _: output(out, _) - output(out, _).mean())
+    with pytest.raises(TaskError, match="depends on the others"):  # so they are not all the same
+        next(centred.steps(tokens, tokens, charge, NoiseSource()))
 
 
 @pytest.mark.parametrize(
