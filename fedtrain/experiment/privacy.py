@@ -41,8 +41,8 @@ class SamplePrivacy(_Privacy):
     """flat: one norm over all parameters; per-layer: each layer's own, max_grad_norm over the root of their number."""
     mode: Literal["auto", "fast", "hooks", "ghost", "functorch"] = "auto"
     """How clipped gradients are computed, with equal results. fast: book-keeping (Bu et al. 2023) where all layers are
-    such as it covers; hooks, ghost, functorch: Opacus's; auto: fast, or hooks where fast cannot. ghost assumes an honest
-    server: weights made for it can carry one example past max_grad_norm."""
+    such as it covers; hooks, ghost, functorch: Opacus's; auto: fast, or hooks where fast cannot. ghost assumes an
+    honest server: weights made for it can carry one example past max_grad_norm."""
     physical_batch_size: int = Field(default=64, ge=1)
     """Examples whose gradients are in memory at a time; it bounds memory and changes nothing else."""
     max_participations: int | None = Field(default=None, ge=1, examples=[20])
