@@ -10,6 +10,8 @@ RUN/privacy.json         what a private run promises
 RUN/asked.jsonl          how often each client was asked, where it adds its own noise
 RUN/ledgers/             what was spent on whose privacy
 RUN/clients/             what clients keep between rounds, where the strategy has them keep something
+RUN/server.json          where a server listens, while there is one
+RUN/local-clients/       homes and logs of the clients that a server has started itself
 RUN/model.safetensors    the final model's full state dict
 RUN/report.html
 """
@@ -80,6 +82,8 @@ class RunFolder:
         self.ledgers = path / "ledgers"
         self.model = path / "model.safetensors"
         self.report = path / "report.html"
+        self.server = path / "server.json"
+        self._lock, self._stop = path / ".lock", path / ".stop"
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -106,7 +110,7 @@ class RunFolder:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("wb")
+            lock = self._lock.open("ab")
         except OSError as error:
             raise RunFolderError(
                 f"the run's folder cannot be written ({error.strerror})",
@@ -122,7 +126,31 @@ class RunFolder:
                     got=str(self.path),
                     hint="Wait for it to end, or choose another folder with --out",
                 ) from error
+            lock.truncate(0)
+            lock.write(str(os.getpid()).encode())
+            lock.flush()
+            self._stop.unlink(missing_ok=True)
             yield
+
+    def holder(self) -> int | None:
+        """The process that is running in this folder; None if there is none."""
+        try:
+            with self._lock.open("rb") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(lock.read() or 0) or None
+        except FileNotFoundError:
+            pass
+        return None
+
+    def ask_to_stop(self) -> None:
+        """Have the running process stop after its round."""
+        self._stop.touch()
+
+    def stop_wanted(self) -> bool:
+        """Whether somebody has asked for it."""
+        return self._stop.exists()
 
     def is_foreign(self) -> bool:
         """Whether the folder holds files, but none of a run that was cut short before its manifest."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -13,14 +12,15 @@ import typer
 import typer.core
 
 from fedtrain import __version__
+from fedtrain.cli.ca import app as ca_app
+from fedtrain.cli.client import app as client_app
+from fedtrain.cli.options import AsJson, DataRoot, ExperimentFile, Out, Overrides, Quiet, RunArgument, folders
 from fedtrain.cli.privacy import app as privacy_app
 from fedtrain.cli.terminal import say
-from fedtrain.errors import FedtrainError, InputError, InterruptedRunError, MissingExtraError, RunError
+from fedtrain.errors import FedtrainError, InputError
 
 if TYPE_CHECKING:
-    from fedtrain.experiment.sections import Experiment
-    from fedtrain.report.view import RunView
-    from fedtrain.rundir import RunFolder
+    from fedtrain.cli.progress import RunObserver
 
 __all__ = ["app", "main"]
 
@@ -40,26 +40,13 @@ app = typer.Typer(
 _data = typer.Typer(help="Fetch data sets; describe how they lie on the clients.", no_args_is_help=True)
 app.add_typer(_data, name="data", rich_help_panel=None)
 app.add_typer(privacy_app, name="privacy", rich_help_panel=None)
-
-ExperimentFile = Annotated[Path, typer.Argument(help="The experiment file (TOML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set training.optimizer.lr=0.1. Repeatable."),
-]
-DataRoot = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-root",
-        envvar="FEDTRAIN_DATA",
-        help="Folder of the built-in data sets, one sub-folder each.",
-        show_default=False,
-    ),
-]
-RunArgument = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
+app.add_typer(client_app, name="client", rich_help_panel=None)
+app.add_typer(ca_app, name="ca", rich_help_panel=None)
 
 
 def main() -> NoReturn:
     """Run the command line; an error that fedtrain can name is one message and an exit code, never a traceback."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what fails is told by us
     try:
         code = app(standalone_mode=False)
     except FedtrainError as error:
@@ -137,57 +124,105 @@ def schema() -> None:
 def simulate(
     experiment_file: ExperimentFile,
     overrides: Overrides = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The run's folder; runs/NAME-HASH unless given.", show_default=False)
-    ] = None,
+    out: Out = None,
     data_root: DataRoot = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the report's path at the end.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line and event.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run an experiment on this machine. The same command again resumes it, or says that it is complete."""
-    from fedtrain.cli.progress import make_observer
-    from fedtrain.experiment import identity, load
+    from fedtrain.cli.running import carry_out, run_folder
+    from fedtrain.experiment import load
     from fedtrain.simulations.forkserver import start_importing
 
     experiment = load(experiment_file, overrides or ())
     start_importing(experiment)
-    from fedtrain.rundir import RunFolder
+    folder = run_folder(experiment, out)
 
-    folder = RunFolder(out or Path("runs") / f"{experiment.name}-{identity(experiment)[:8]}")
-    complete_before = folder.manifest.exists() and folder.read_manifest().status == "complete"
-    with make_observer(experiment, quiet=quiet, as_json=as_json) as observer:
-        observer.opening(folder.path)
+    def run(observer: RunObserver) -> None:
         from fedtrain.simulations.run import Places, simulate
 
-        try:
-            base, root = _folders(experiment_file, experiment, data_root)
-            simulate(experiment, Places(base, folder.path, root), observer)
-        except (InterruptedRunError, RunError):
-            with contextlib.suppress(FedtrainError):  # the first error is the one to tell
-                if folder.rounds.exists():
-                    _write_report(folder)
-            raise
-    report: Path | None = folder.report
-    if not (complete_before and folder.report.exists()):
-        try:
-            report = _write_report(folder)
-        except MissingExtraError as error:  # the run is complete all the same
-            report = None
-            say(f"note: {error}", err=True)
-    where = str(report) if report else None
-    if as_json:
-        status = {"event": "complete", "run": str(folder.path), "report": where, "already": complete_before}
-        typer.echo(json.dumps(status))
-    elif quiet:
-        typer.echo(where or str(folder.path))
+        base, root = folders(experiment_file, experiment, data_root)
+        simulate(experiment, Places(base, folder.path, root), observer)
+
+    carry_out(experiment, folder, run, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+def server(
+    experiment_file: ExperimentFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    data_root: DataRoot = None,
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Where clients dial.")
+    ] = "127.0.0.1:7443",
+    ca: Annotated[
+        Path | None,
+        typer.Option("--ca", metavar="DIR", help="The authority's folder: mutual TLS.", show_default=False),
+    ] = None,
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option("--host", help="A name or address by which clients reach this machine. Repeatable."),
+    ] = None,
+    enrol: Annotated[
+        str | None,
+        typer.Option("--enrol", metavar="HOST:PORT", help="Serve enrolment here, too.", show_default=False),
+    ] = None,
+    min_clients: Annotated[
+        int | None, typer.Option("--min-clients", min=1, help="Clients to wait for; all unless given.")
+    ] = None,
+    wait: Annotated[float | None, typer.Option("--wait", min=0, help="Seconds to wait for them; no end.")] = None,
+    patience: Annotated[
+        float, typer.Option("--patience", min=0.1, help="Seconds without progress until a round goes on without.")
+    ] = 60.0,
+    max_clients: Annotated[int, typer.Option("--max-clients", min=1, help="Clients at once.")] = 64,
+    with_clients: Annotated[
+        int, typer.Option("--with-clients", metavar="N", min=0, help="Start the N clients on this machine.")
+    ] = 0,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Plain text also beyond this machine: nothing is secret then.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Serve an experiment to clients that dial in. The same command again resumes it."""
+    from fedtrain.cli.running import run_folder
+    from fedtrain.cli.server import ServerOptions, serve_experiment
+    from fedtrain.experiment import load
+    from fedtrain.simulations.run import Places
+
+    experiment = load(experiment_file, overrides or ())
+    base, root = folders(experiment_file, experiment, data_root)
+    places = Places(base, run_folder(experiment, out).path, root)
+    address = "127.0.0.1:0" if with_clients else listen
+    options = ServerOptions(
+        address, enrol, ca, hosts or (), min_clients, wait, patience, max_clients, with_clients, insecure
+    )
+    serve_experiment(experiment, places, options, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+def stop(
+    run: RunArgument,
+    now: Annotated[bool, typer.Option("--now", help="Do not wait for the end of the round.")] = False,
+) -> None:
+    """Stop a server or a simulation after its round. The command that started it resumes it."""
+    import signal
+    import time
+
+    from fedtrain.rundir import RunFolder
+
+    folder = RunFolder.open(run)
+    if (process := folder.holder()) is None:
+        raise InputError("nothing is running in this folder", got=str(run))
+    if now:
+        os.kill(process, signal.SIGTERM)
     else:
-        if complete_before:
-            typer.echo("This run is complete; nothing to do.")
-        for line in _summary(folder):
-            say(line)
-        typer.echo(f"Results: {folder.path}")
-        if where:
-            typer.echo(f"Report:  {where}")
+        folder.ask_to_stop()
+        typer.echo("It stops when its round has ended.")
+    while folder.holder() == process:
+        time.sleep(0.1)
+    typer.echo("Stopped.")
 
 
 @app.command()
@@ -205,7 +240,7 @@ def plan(
     from fedtrain.experiment import load
 
     experiment = load(experiment_file, overrides or ())
-    plan(experiment, *_folders(experiment_file, experiment, data_root), pld=pld, as_json=as_json)
+    plan(experiment, *folders(experiment_file, experiment, data_root), pld=pld, as_json=as_json)
 
 
 @app.command()
@@ -221,18 +256,19 @@ def audit(
     from fedtrain.experiment import load
 
     experiment = load(experiment_file, overrides or ())
-    audit(experiment, *_folders(experiment_file, experiment, data_root), quick=quick, as_json=as_json)
+    audit(experiment, *folders(experiment_file, experiment, data_root), quick=quick, as_json=as_json)
 
 
 @app.command()
 def report(run: RunArgument) -> None:
     """Write a run's report anew and print its path."""
+    from fedtrain.cli.running import summary, write_report
     from fedtrain.rundir import RunFolder
 
     folder = RunFolder.open(run)
-    for line in _summary(folder):
+    for line in summary(folder):
         say(line)
-    typer.echo(f"Report: {_write_report(folder)}")
+    typer.echo(f"Report: {write_report(folder)}")
 
 
 @app.command()
@@ -306,7 +342,7 @@ def describe(
     from fedtrain.report.labels import draw, render
 
     experiment = load(experiment_file, overrides or ())
-    base, root = _folders(experiment_file, experiment, data_root)
+    base, root = folders(experiment_file, experiment, data_root)
     summary = build(experiment.data, root, base, experiment.seed).summary()
     for line in render(summary, min(120, shutil.get_terminal_size().columns)):
         typer.echo(line)
@@ -322,38 +358,3 @@ def _lies_in(data_root: Path, source: str) -> bool:
     if source in OFFICIAL:
         return all((data_root / source / file.name).exists() for file in OFFICIAL[source].files)
     return (data_root / source.replace("-", "_")).is_dir()
-
-
-def _folders(file: Path, experiment: Experiment, data_root: Path | None) -> tuple[Path, Path | None]:
-    """The experiment file's folder, and the data root: from the command line, the environment or the file."""
-    base = file.absolute().parent
-    if data_root is None and experiment.run.data_root is not None:
-        data_root = base / Path(experiment.run.data_root).expanduser()
-    return base, data_root
-
-
-def _view(folder: RunFolder) -> RunView:
-    from fedtrain.experiment import load
-    from fedtrain.report.view import RunView
-
-    return RunView(
-        experiment=load(folder.experiment),
-        experiment_text=folder.experiment.read_text(encoding="utf-8"),
-        manifest=folder.read_manifest(),
-        records=folder.read_rounds(),
-        data=folder.read_data(),
-        privacy=folder.read_privacy(),
-    )
-
-
-def _summary(folder: RunFolder) -> list[str]:
-    from fedtrain.report.text import summary_lines
-
-    return summary_lines(_view(folder))
-
-
-def _write_report(folder: RunFolder) -> Path:
-    from fedtrain.report.html import write_report
-
-    write_report(_view(folder), folder.report)
-    return folder.report

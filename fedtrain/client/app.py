@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,12 +44,14 @@ class Site:
         states: where clients keep what lasts longer than a round.
         device: where to train.
         budget: of the clients, where each of their examples is protected.
+        on_step: is called after each step of training.
     """
 
     base: Path
     states: ClientState
     device: torch.device
     budget: Budget | None = None
+    on_step: Callable[[], None] | None = None
 
 
 def make_client_app(experiment: Experiment, task: Task, data: FederatedData, site: Site) -> ClientApp:
@@ -68,7 +71,7 @@ def make_client_app(experiment: Experiment, task: Task, data: FederatedData, sit
     recipe = Recipe(experiment.training, private=private, privacy=privacy)  # a flwr Strategy has no client half
     if isinstance(strategy, FederatedStrategy):
         recipe = replace(recipe, rule=strategy.local_rule, personal_rule=strategy.personal_rule)
-    trainer = Trainer(task, recipe, experiment.seed, site.device)
+    trainer = Trainer(task, recipe, experiment.seed, site.device, site.on_step)
 
     def assignment(instruction: wire.Instruction, client_id: str, before: int) -> Assignment:
         return Assignment(

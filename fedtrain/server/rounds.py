@@ -62,7 +62,8 @@ class _Round:
 
     number: int
     names: dict[int, str]  # node id -> client, in client order
-    late: int = 0
+    late: list[str] = field(default_factory=list)
+    replied: set[int] = field(default_factory=set)
     participants: list[str] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)
     set_aside: list[str] = field(default_factory=list)
@@ -72,9 +73,13 @@ class _Round:
     bytes_up: int = 0
     bytes_down: int = 0
 
+    def note_silence(self) -> None:
+        """Count those who were asked and never replied as late."""
+        self.late += [client for node, client in self.names.items() if node not in self.replied]
+
     def silent(self, nodes: Mapping[int, int]) -> list[int]:
         """Positions of the clients that were asked and have sent nothing of use."""
-        gone = {*self.quarantined, *self.ended}
+        gone = {*self.quarantined, *self.ended, *self.late}
         return [nodes[node] for node, client in self.names.items() if client in gone]
 
 
@@ -122,6 +127,8 @@ class Server:
             if start.round_number == 0:
                 self._record_untrained(start.params)
             for round_number in range(start.round_number + 1, self.experiment.rounds + 1):
+                if self.folder.stop_wanted():
+                    raise KeyboardInterrupt
                 turn = self.cohort.turn(round_number)
                 if self._ends_before(round_number, turn):
                     break
@@ -177,18 +184,19 @@ class Server:
         started = time.perf_counter()
         nodes = self._nodes(turn.ask)
         asked = list(self.strategy.configure(round_number, params, list(nodes)))
-        seen = _Round(round_number, {node: self.client_name(node) for node in asked}, late=len(turn.late))
-        work = {node: turn.work[client] for node, client in nodes.items() if client in turn.work}
         late = self._nodes(turn.late)
+        seen = _Round(round_number, {node: self.client_name(node) for node in asked}, list(map(self.client_name, late)))
+        work = {node: turn.work[client] for node, client in nodes.items() if client in turn.work}
         messages = self._instructions(MessageType.TRAIN, params, seen, [*asked, *late], work)[: len(asked)]
         self.observer.round_started(round_number, len(messages))
-        replies = wire.in_order(self._counted(round_number, self.grid.send_and_receive(messages)), asked)
+        replies = wire.in_order(self._counted(seen, self.grid.send_and_receive(messages)), asked)
         arrived = ((nodes[node], update) for node, update in self._valid(replies, seen))
         updates = self._noted(self.cohort.used(turn, arrived), seen)
         new = self.strategy.aggregate(round_number, params, updates)
         read = len(seen.losses)
         if left := sum(1 for _ in updates):  # clients must have ended before the model is written over
             raise RunError("the strategy must read all updates of a round", got=f"{read} of {read + left}")
+        seen.note_silence()
         self.cohort.close(turn, seen.silent(nodes))
         self._set_aside(nodes, seen)
         self._check_quorum(turn.wanted - (len(nodes) - len(asked)) - len(seen.ended), seen)
@@ -205,7 +213,7 @@ class Server:
                 quarantined=seen.quarantined,
                 set_aside=seen.set_aside,
                 ended=seen.ended,
-                late=[self.client_name(node) for node in late],
+                late=seen.late,
                 num_examples=0 if self.experiment.privacy else sum(examples for _, examples in seen.losses),
                 train=weighted_mean(seen.losses),
                 central=central,
@@ -248,9 +256,10 @@ class Server:
             messages.append(Message(content, node, kind, group_id=str(seen.number)))
         return messages
 
-    def _counted(self, round_number: int, replies: Iterable[Message]) -> Iterator[Message]:
+    def _counted(self, seen: _Round, replies: Iterable[Message]) -> Iterator[Message]:
         for reply in replies:
-            self.observer.client_finished(round_number)
+            seen.replied.add(reply.metadata.src_node_id)
+            self.observer.client_finished(seen.number)
             yield reply
 
     def _valid(self, replies: Iterable[Message], seen: _Round) -> Iterator[tuple[int, wire.Update]]:
@@ -303,7 +312,7 @@ class Server:
         # Under client privacy nobody may learn how many took part, and the noise is right for any number.
         quorum = 0.0 if privacy and privacy.unit == "client" else self.experiment.clients.quorum
         if used < wanted * quorum - 1e-9:
-            late = f"{seen.late} came late: see clients.deadline, over_selection and late"
+            late = f"{len(seen.late)} came late or did not answer"
             first = (f"{shorten(client)}: {reason}" for client, reason in seen.quarantined.items())
             raise RunError(
                 f"round {seen.number} has too few valid updates",

@@ -6,9 +6,12 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +22,7 @@ from torch import nn
 from fedtrain import params
 from fedtrain.client.app import Site, make_client_app
 from fedtrain.client.state import ClientState
-from fedtrain.data.base import Examples
+from fedtrain.data.base import Examples, FederatedData
 from fedtrain.data.federated import PartitionedData, build
 from fedtrain.errors import InputError, InterruptedRunError, RunError, RunFolderError
 from fedtrain.experiment.load import to_toml
@@ -43,10 +46,24 @@ from fedtrain.strategies.registry import make_strategy
 from fedtrain.strategies.stock import StockStrategy
 from fedtrain.tasks.base import Task
 from fedtrain.tasks.registry import check_task, make_task
+from fedtrain.training.device import find_device
 from fedtrain.training.evaluation import evaluate
 from fedtrain.training.loop import build_model, is_private
 
-__all__ = ["Places", "simulate"]
+__all__ = ["EngineFactory", "Places", "Setup", "simulate"]
+
+
+class Setup(NamedTuple):
+    """What an engine is made of, once the run's folder has been begun."""
+
+    experiment: Experiment
+    data: FederatedData
+    site: Site
+    capacity: int  # bytes of the tensors of one message, in either direction
+
+
+EngineFactory = Callable[[Setup], AbstractContextManager[Engine]]
+"""Makes a run's engine, which is left when the run ends."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +81,16 @@ class Places:
     data_root: Path | None
 
 
-def simulate(experiment: Experiment, places: Places, observer: Observer) -> RunFolder:
+def simulate(
+    experiment: Experiment, places: Places, observer: Observer, engine: EngineFactory | None = None
+) -> RunFolder:
     """Run an experiment, or go on with it where it was stopped.
 
     Args:
         experiment: what to run.
         places: where to read and write.
         observer: is told what happens.
+        engine: runs the clients; this machine's processes unless given.
 
     Returns:
         The folder of the complete run.
@@ -89,11 +109,14 @@ def simulate(experiment: Experiment, places: Places, observer: Observer) -> RunF
             stack.enter_context(_sigterm_interrupts())
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(experiment.run.threads)
-            device = _device(experiment)
-            pool = None
-            if count := _worker_count(experiment, device):
+            device = find_device(experiment.run.device)
+            count = 0 if engine else _worker_count(experiment, device)
+            if engine is None:
+                engine = _in_process
+            if count:
                 pool = WorkerPool(count, experiment.run.threads)
                 stack.callback(pool.close)
+                engine = partial(_workers, pool)
             data = build(experiment.data, places.data_root, places.base, experiment.seed)
             task = make_task(experiment.task, data.spec, places.base)
             _try_task(task, data)
@@ -106,7 +129,7 @@ def simulate(experiment: Experiment, places: Places, observer: Observer) -> RunF
             simulation = _Simulation(
                 experiment, places, observer, folder, data, sizes, task, strategy, device, protects
             )
-            simulation.run(pool, count)
+            simulation.run(engine, count)
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 "interrupted; what was finished is kept", hint="Run the same command again to go on"
@@ -129,7 +152,7 @@ class _Simulation:
     device: torch.device
     protection: Protection | None
 
-    def run(self, pool: WorkerPool | None, workers: int) -> None:
+    def run(self, engine: EngineFactory, workers: int) -> None:
         model = build_model(self.task, self.experiment.seed)
         private = tuple(self.experiment.personalization.private)
         travelling = params.exchanged(model)
@@ -139,7 +162,7 @@ class _Simulation:
         try:
             buffers = dict(model.named_buffers()).keys()
             with self._accounts(model) as accounts:
-                final = self._rounds(params.snapshot(initial), buffers, pool, accounts)
+                final = self._rounds(params.snapshot(initial), buffers, engine, accounts)
             params.load(model, final)
             digest = self.folder.write_model(model.state_dict())
         except (InterruptedRunError, KeyboardInterrupt):
@@ -203,7 +226,7 @@ class _Simulation:
         request = requests(self.experiment, f"{self.experiment.name} {manifest.created_at}", model)
         return self.protection.accounts(request, self.data, self.folder.asked)
 
-    def _rounds(self, initial: Params, buffers: Collection[str], pool: WorkerPool | None, accounts: Accounts) -> Params:
+    def _rounds(self, initial: Params, buffers: Collection[str], make: EngineFactory, accounts: Accounts) -> Params:
         experiment, data = self.experiment, self.data
         names = data.client_ids()
 
@@ -221,18 +244,14 @@ class _Simulation:
         cohort = Cohort(experiment, self.sizes, asynchrony)
         start = self._start(Checkpoint(0, initial, runner.state))
         site = Site(self.places.base, ClientState(self.folder.clients), self.device, accounts.budget)
-        engine: Engine
-        if pool is None:
-            engine = InProcess(make_client_app(experiment, self.task, data, site), names)
-        else:
-            beside = max(Arena.size_for(runner.share()), Arena.size_for(runner.extra(initial)))
-            engine = Workers(pool, (experiment, data, site), Arena.size_for(initial) + beside)
-        grid = SimulationGrid(engine, len(names))
         central = self._central_evaluation()
-        server = Server(
-            experiment, runner, cohort, grid, self.folder, client_name, central, self.observer, accounts.spending
-        )
-        return server.run(start)
+        beside = max(Arena.size_for(runner.share()), Arena.size_for(runner.extra(initial)))
+        with make(Setup(experiment, data, site, Arena.size_for(initial) + beside)) as engine:
+            grid = SimulationGrid(engine, len(names))
+            server = Server(
+                experiment, runner, cohort, grid, self.folder, client_name, central, self.observer, accounts.spending
+            )
+            return server.run(start)
 
     def _start(self, fresh: Checkpoint) -> Checkpoint:
         """Take up the newest whole checkpoint; forget what was recorded after it."""
@@ -303,19 +322,16 @@ def _check_noise_fits(experiment: Experiment, strategy: FederatedStrategy | Stra
         raise InputError("under privacy a strategy's personal models would train without noise", hint=hint)
 
 
-def _device(experiment: Experiment) -> torch.device:
-    name = experiment.run.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            "there is no such CUDA device on this machine",
-            got=f"run.device = {name}",
-            expected="cpu" + "".join(f", cuda:{number}" for number in range(torch.cuda.device_count())),
-            hint="Use --set run.device=cpu",
-        )
-    return device
+@contextlib.contextmanager
+def _in_process(setup: Setup) -> Iterator[Engine]:
+    experiment, data, site, _ = setup
+    task = make_task(experiment.task, data.spec, site.base)
+    yield InProcess(make_client_app(experiment, task, data, site), data.client_ids())
+
+
+@contextlib.contextmanager
+def _workers(pool: WorkerPool, setup: Setup) -> Iterator[Engine]:
+    yield Workers(pool, setup[:3], setup.capacity)
 
 
 def _worker_count(experiment: Experiment, device: torch.device) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -144,9 +144,18 @@ class Trainer:
         recipe: how to train.
         seed: the experiment's seed.
         device: where to train.
+        on_step: is called after each step, for those who watch.
     """
 
-    def __init__(self, task: Task, recipe: Recipe, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        task: Task,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+        on_step: Callable[[], None] | None = None,
+    ) -> None:
+        self._on_step = on_step
         self._task, self._recipe, self._seed, self._device = task, recipe, seed, device
         self.model = build_model(task, seed).to(device)
         self._layout = memory_format(task)
@@ -240,6 +249,8 @@ class Trainer:
                 if correct:
                     gradients = [*correct(state, self._trained[:ruled], gradients[:ruled]), *gradients[ruled:]]
                 step(gradients)
+                if self._on_step:
+                    self._on_step()
         mean_loss = losses.mean()
         if rule is None or rule.finish is None:
             return mean_loss, {}, {}

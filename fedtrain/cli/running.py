@@ -1,0 +1,96 @@
+"""A run on the command line: shown while it goes on, summed up and reported at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from fedtrain.cli.progress import RunObserver, make_observer
+from fedtrain.cli.terminal import say
+from fedtrain.errors import FedtrainError, InterruptedRunError, MissingExtraError, RunError
+from fedtrain.experiment import identity, load
+from fedtrain.experiment.sections import Experiment
+from fedtrain.report.view import RunView
+from fedtrain.rundir import RunFolder
+
+__all__ = ["carry_out", "run_folder", "summary", "write_report"]
+
+
+def run_folder(experiment: Experiment, out: Path | None) -> RunFolder:
+    """The folder of an experiment's run: the same for the same experiment."""
+    return RunFolder(out or Path("runs") / f"{experiment.name}-{identity(experiment)[:8]}")
+
+
+def carry_out(
+    experiment: Experiment, folder: RunFolder, run: Callable[[RunObserver], object], *, quiet: bool, as_json: bool
+) -> None:
+    """Run, and tell what came of it.
+
+    Args:
+        experiment: what is run.
+        folder: where.
+        run: does it, and tells the observer.
+        quiet: print only the report's path.
+        as_json: print JSON lines.
+    """
+    complete_before = folder.manifest.exists() and folder.read_manifest().status == "complete"
+    with make_observer(experiment, quiet=quiet, as_json=as_json) as observer:
+        observer.opening(folder.path)
+        try:
+            run(observer)
+        except (InterruptedRunError, RunError):
+            with contextlib.suppress(FedtrainError):  # the first error is the one to tell
+                if folder.rounds.exists():
+                    write_report(folder)
+            raise
+    report: Path | None = folder.report
+    if not (complete_before and folder.report.exists()):
+        try:
+            report = write_report(folder)
+        except MissingExtraError as error:  # the run is complete all the same
+            report = None
+            say(f"note: {error}", err=True)
+    where = str(report) if report else None
+    if as_json:
+        status = {"event": "complete", "run": str(folder.path), "report": where, "already": complete_before}
+        typer.echo(json.dumps(status))
+    elif quiet:
+        typer.echo(where or str(folder.path))
+    else:
+        if complete_before:
+            typer.echo("This run is complete; nothing to do.")
+        for line in summary(folder):
+            say(line)
+        typer.echo(f"Results: {folder.path}")
+        if where:
+            typer.echo(f"Report:  {where}")
+
+
+def summary(folder: RunFolder) -> list[str]:
+    """A run in some sentences."""
+    from fedtrain.report.text import summary_lines
+
+    return summary_lines(_view(folder))
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write a run's report anew."""
+    from fedtrain.report.html import write_report
+
+    write_report(_view(folder), folder.report)
+    return folder.report
+
+
+def _view(folder: RunFolder) -> RunView:
+    return RunView(
+        experiment=load(folder.experiment),
+        experiment_text=folder.experiment.read_text(encoding="utf-8"),
+        manifest=folder.read_manifest(),
+        records=folder.read_rounds(),
+        data=folder.read_data(),
+        privacy=folder.read_privacy(),
+    )

@@ -1,0 +1,154 @@
+"""`fedtrain server`: serve an experiment to clients that dial in."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtrain.cli.running import carry_out
+from fedtrain.deployment.server import Listening, Opened, serve
+from fedtrain.deployment.terms import code_of
+from fedtrain.errors import InputError
+from fedtrain.experiment.sections import Experiment
+from fedtrain.link.authority import Authority
+from fedtrain.link.enrolment import add_renewal, server_credentials, serving
+from fedtrain.link.hub import Door
+from fedtrain.link.identity import adopt, pending_request
+from fedtrain.link.register import Revocations
+from fedtrain.rundir import RunFolder
+from fedtrain.simulations.run import Places
+
+__all__ = ["ServerOptions", "serve_experiment"]
+
+_CLIENT_SECONDS = 10.0  # that local clients have to end by themselves
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the command line says of a server.
+
+    Attributes:
+        listen: "host:port".
+        enrol: "host:port" where invited sites enrol; None serves no enrolment.
+        authority: folder of the certificate authority; None for plain text.
+        hosts: names by which clients reach this machine.
+        min_clients: before the first round.
+        wait: seconds for them.
+        patience: seconds without progress after which a round does not wait for a client.
+        max_clients: at once.
+        with_clients: to start on this machine.
+        insecure: plain text beyond this machine.
+    """
+
+    listen: str
+    enrol: str | None = None
+    authority: Path | None = None
+    hosts: Sequence[str] = ()
+    min_clients: int | None = None
+    wait: float | None = None
+    patience: float = 60.0
+    max_clients: int = 64
+    with_clients: int = 0
+    insecure: bool = False
+
+
+def serve_experiment(
+    experiment: Experiment, places: Places, options: ServerOptions, *, quiet: bool, as_json: bool
+) -> None:
+    """Serve an experiment until its run is complete.
+
+    Args:
+        experiment: what to run.
+        places: where to read and write.
+        options: of the command line.
+        quiet: print only the report's path.
+        as_json: print JSON lines.
+    """
+    with contextlib.ExitStack() as stack:
+        authority, scratch = None, Path()
+        if options.with_clients:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedtrain-")))
+            authority = Authority.init(scratch / "ca")
+        elif options.authority:
+            authority = Authority.open(options.authority)
+        door = Door(insecure=options.insecure, max_clients=options.max_clients)
+        if authority:
+            credentials = server_credentials(authority, options.hosts, mutual=True)
+            door = Door(credentials, Revocations(authority.register).objection, max_clients=options.max_clients)
+
+        @contextlib.contextmanager
+        def opened(to: Opened) -> Iterator[None]:
+            with contextlib.ExitStack() as inside:
+                if authority:
+                    add_renewal(to.hub.server, authority)
+                if authority and options.enrol:
+                    where = inside.enter_context(serving(authority, options.enrol, options.hosts))
+                    to.observer.notice(f"invited sites enrol at {where}")
+                to.observer.notice(f"clients take part at {to.hub.address}{'' if authority else ', in plain text'}")
+                if authority and options.with_clients:
+                    local = _LocalClients(experiment, places, authority, scratch)
+                    inside.enter_context(local.running(to, options.with_clients))
+                yield
+
+        listening = Listening(options.listen, door, options.min_clients, options.wait, options.patience, opened)
+        carry_out(
+            experiment,
+            RunFolder(places.out),
+            lambda observer: serve(experiment, places, observer, listening),
+            quiet=quiet,
+            as_json=as_json,
+        )
+
+
+@dataclass(frozen=True)
+class _LocalClients:
+    """Clients on this machine, with certificates that are thrown away: a whole deployment in one command."""
+
+    experiment: Experiment
+    places: Places
+    authority: Authority
+    scratch: Path
+
+    @contextlib.contextmanager
+    def running(self, to: Opened, count: int) -> Iterator[None]:
+        """Run the first clients of the experiment for as long as the hub is open."""
+        if count != len(to.names):
+            raise InputError(
+                "so many clients does not fit the experiment",
+                got=f"--with-clients {count}",
+                expected=f"{len(to.names)}, as the data are spread over",
+                hint=f"Use --with-clients {len(to.names)}, or --set data.clients={count}",
+            )
+        logs = self.places.out / "local-clients"
+        logs.mkdir(exist_ok=True)
+        to.observer.notice(f"{count} clients are started on this machine; they log to {logs}")
+        processes = [self._start(name, to.hub.address, logs) for name in to.names]
+        try:
+            yield
+        finally:
+            for process in processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_CLIENT_SECONDS)
+                process.kill()
+                process.wait()
+
+    def _start(self, name: str, address: str, logs: Path) -> subprocess.Popen[bytes]:
+        identity = self.scratch / name
+        identity.mkdir(mode=0o700)
+        adopt(identity, self.authority.issue(pending_request(identity, name), name), self.authority.certificate)
+        section, base = self.experiment.data, self.places.base
+        data = base / Path(section.path).expanduser() if section.path else self.places.data_root or base
+        command = [sys.executable, "-m", "fedtrain", "client", "--server", address, "--identity", str(identity)]
+        command += ["--data", str(data), "--share", "--home", str(self.places.out / "local-clients" / name), "--once"]
+        command += ["--device", self.experiment.run.device, "--code", str(base)]
+        for reference in code_of(self.experiment):
+            command += ["--allow-code", reference]
+        with (logs / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(  # noqa: S603 - our own command line
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )

@@ -1,0 +1,144 @@
+"""A client's part of an offered run: its data, its model, its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.clientapp import ClientApp
+
+from fedtrain.client.app import Site, make_client_app
+from fedtrain.client.budget import Budget
+from fedtrain.client.state import ClientState
+from fedtrain.data.base import Examples
+from fedtrain.data.federated import PartitionedData, build
+from fedtrain.deployment.outbox import Outbox
+from fedtrain.deployment.terms import accepted, describe
+from fedtrain.errors import DataError
+from fedtrain.experiment.partitions import IidPartition
+from fedtrain.experiment.privacy import SamplePrivacy
+from fedtrain.experiment.sections import Experiment, RunSection
+from fedtrain.link.control import Offer
+from fedtrain.params import exchanged
+from fedtrain.privacy.plan import SamplePlan
+from fedtrain.rundir import RunFolder
+from fedtrain.simulations.private import protection, requests
+from fedtrain.tasks.registry import check_task, make_task
+from fedtrain.training.device import find_device
+from fedtrain.training.loop import build_model
+
+__all__ = ["Assembly", "Owner", "assemble"]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What the owner of a client decides, whatever a server asks.
+
+    Attributes:
+        name: the client's; its certificate's where there is one.
+        data: the folder of the built-in data sets, or the client's own file or folder of images.
+        share: `data` holds all clients' rows, of which the experiment's partition gives this one its share.
+        home: folder for what lasts: states, ledgers, finished updates.
+        device: where to train: auto, cpu, cuda or cuda:N.
+        policy: the policy file; None allows what is asked.
+        code: own tasks, loaders and strategies that may be run.
+        base: folder in which "file.py:Name" is looked for.
+    """
+
+    name: str
+    data: Path
+    home: Path
+    share: bool = False
+    device: str = "auto"
+    policy: Path | None = None
+    code: tuple[str, ...] = ()
+    base: Path = Path()
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a client needs to answer the tasks of one run.
+
+    Attributes:
+        app: trains and measures.
+        facts: for the server.
+        outbox: of this run.
+        limit: most bytes of an instruction's tensors.
+    """
+
+    app: ClientApp
+    facts: dict[str, Any]
+    outbox: Outbox
+    limit: int
+
+
+def assemble(owner: Owner, offer: Offer, on_step: Callable[[], None] | None = None) -> Assembly:
+    """Build what an offered run needs, or say why this client takes no part.
+
+    Args:
+        owner: decides.
+        offer: of the server.
+        on_step: is called after each step of training.
+
+    Raises:
+        FedtrainError: the offer is wrong, the policy does not allow it, or the data do not fit.
+    """
+    experiment = accepted(offer, owner.code)
+    folder = RunFolder(owner.home / "runs" / offer.run)
+    ledgers, policy = str(owner.home.resolve() / "ledgers"), str(owner.policy.resolve()) if owner.policy else None
+    here = RunSection(threads=experiment.run.threads, device=owner.device, policy=policy, ledgers=ledgers)
+    experiment = experiment.model_copy(update={"run": here})
+    data = _own_data(experiment, owner)
+    torch.set_num_threads(experiment.run.threads)
+    train = data.client(owner.name).train
+    task = make_task(experiment.task, data.spec, owner.base)
+    check_task(task, Examples(train.inputs[:4], train.targets[:4]))
+    protects = protection(experiment, (owner.base, folder), data, data.sizes(), task)
+    model = build_model(task, experiment.seed)
+    budget = None
+    if protects and isinstance(protects.plan, SamplePlan):
+        request = requests(experiment, offer.run, model)
+        budget = Budget(protects.plan, request, protects.ledgers, protects.policy, data)
+    site = Site(owner.base, ClientState(folder.clients), find_device(owner.device), budget, on_step)
+    size = sum(t.numel() * t.element_size() for t in exchanged(model).values())
+    examples = None if isinstance(experiment.privacy, SamplePrivacy) else len(train)
+    facts = {"data": describe(data.spec), "device": str(site.device), "num_examples": examples}
+    app = make_client_app(experiment, task, data, site)
+    return Assembly(app, facts, Outbox(folder.path / "outbox"), 3 * size + (1 << 20))
+
+
+def _own_data(experiment: Experiment, owner: Owner) -> PartitionedData:
+    """Load what this client trains on: its own file, or its share of a built-in data set.
+
+    Raises:
+        DataError: there is no such data, or no share for a client of this name.
+    """
+    section = experiment.data
+    if section.name is not None or owner.share:
+        if section.path is not None:
+            section = section.model_copy(update={"path": str(owner.data.resolve())})
+        data = build(section, owner.data, owner.base, experiment.seed)
+        if owner.name not in data.client_ids():
+            names = data.client_ids()
+            raise DataError(
+                f"{section.name or owner.data} has no share for this client",
+                got=owner.name,
+                expected=f"one of {len(names)} names, such as {names[0]}",
+            )
+        return data
+    dropped = [*section.drop, *([section.client_column] if section.client_column else [])]
+    alone = section.model_copy(
+        update={
+            "path": str(owner.data.resolve()),
+            "client_column": None,
+            "drop": dropped,
+            "clients": 1,
+            "partition": IidPartition(),
+            "central_test": 0.0,
+        }
+    )
+    data = build(alone, None, owner.base, experiment.seed)
+    return PartitionedData(data.dataset, replace(data.partition, names=(owner.name,)), alone, experiment.seed)

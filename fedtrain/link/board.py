@@ -1,0 +1,187 @@
+"""Open tasks: what clients were asked and have not answered."""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from flwr.app import Error, Message
+
+from fedtrain.errors import FedtrainError
+from fedtrain.flower import set_message_id
+from fedtrain.link.control import Ack
+from fedtrain.link.frames import Packed, Payload, pack
+from fedtrain.link.headers import Content
+
+__all__ = ["Batch", "Board", "OpenTask"]
+
+_REMEMBERED = 10_000  # closed tasks, so that what comes late is told from what never was
+_STRIKES = 3  # refused answers after which a client has failed the task
+_FAILED = 0  # flwr's ErrorCode.UNKNOWN: our reasons are sentences
+
+
+@dataclass(eq=False)
+class OpenTask:
+    """One message to one client, until it is answered or withdrawn.
+
+    Attributes:
+        limit: most bytes of the answer.
+        moved: when the client last made progress, on the monotonic clock.
+    """
+
+    id: str
+    name: str
+    message: Message
+    packed: Packed
+    limit: int
+    replies: queue.SimpleQueue[Message | FedtrainError]
+    moved: float = field(default_factory=time.monotonic)
+    open: bool = True
+    refused: int = 0
+    told: object = None  # the session that has heard of it
+
+
+class Board:
+    """Holds the open tasks; safe to use from all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._prefix = secrets.token_hex(8)
+        self._count = 0
+        self._open: dict[str, OpenTask] = {}
+        self._closed: OrderedDict[str, tuple[str, Ack]] = OrderedDict()
+        self.late = 0
+
+    def open(self, tasks: Sequence[tuple[str, Message]], limit: int) -> Batch:
+        """Open one task per message; messages that share their arrays share one payload."""
+        known: dict[tuple[int, ...], Payload] = {}
+        prepared = [(name, message, pack(message.content, known)) for name, message in tasks]
+        for payload in known.values():
+            _ = payload.checksum  # now, and not while other threads wait for the lock
+        batch = Batch()
+        with self._lock:
+            for name, message, packed in prepared:
+                self._count += 1
+                task = OpenTask(f"{self._prefix}-{self._count}", name, message, packed, limit, batch.replies)
+                self._open[task.id] = task
+                batch.tasks.append(task)
+        return batch
+
+    def of(self, name: str) -> list[OpenTask]:
+        """A client's open tasks."""
+        with self._lock:
+            return [task for task in self._open.values() if task.name == name]
+
+    def all(self) -> list[OpenTask]:
+        """Every open task."""
+        with self._lock:
+            return list(self._open.values())
+
+    def find(self, task_id: str, name: str) -> OpenTask | Ack:
+        """A client's open task, or why there is none."""
+        with self._lock:
+            task = self._open.get(task_id)
+            if task and task.name == name:
+                return task
+            owner, ack = self._closed.get(task_id, ("", Ack(verdict="refused")))
+            if owner == name:
+                self.late += ack.verdict == "late"
+                return ack
+            asked = task.name if task else owner
+        return Ack(verdict="refused", reason=f"this was asked of {asked}" if asked else "nobody asked for this")
+
+    def answer(self, task: OpenTask, content: Content) -> Ack:
+        """Take the first answer to a task."""
+        reply = Message(content, reply_to=task.message)
+        set_message_id(reply, f"reply-{task.message.metadata.message_id}")
+        return self._close(task, Ack(verdict="already"), reply) or Ack(verdict="accepted")
+
+    def refuse(self, task: OpenTask, reason: str) -> Ack:
+        """Note an answer that cannot be taken; a client that sends only such has failed the task."""
+        task.refused += 1
+        if task.refused >= _STRIKES:
+            self.answer(task, Error(_FAILED, f"its answers were refused: {reason}"))
+        return Ack(verdict="refused", reason=reason)
+
+    def give_up(self, name: str, reason: str) -> None:
+        """Answer for a client that will not."""
+        for task in self.of(name):
+            self.answer(task, Error(_FAILED, reason))
+
+    def fail(self, error: FedtrainError) -> None:
+        """End every exchange with an error."""
+        for task in self.all():
+            task.replies.put(error)
+
+    def withdraw(self, tasks: Sequence[OpenTask]) -> list[OpenTask]:
+        """Close those that are still open, and return them."""
+        late = Ack(verdict="late", reason="the answer is not wanted any more")
+        return [task for task in tasks if not self._close(task, late)]
+
+    def _close(self, task: OpenTask, ack: Ack, reply: Message | None = None) -> Ack | None:
+        """Close a task, with its reply if there is one, or tell how it was closed before."""
+        with self._lock:
+            if not task.open:
+                closed = self._closed.get(task.id, ("", ack))[1]
+                self.late += closed.verdict == "late" and reply is not None
+                return closed
+            task.open = False
+            if reply:
+                task.replies.put(reply)
+            del self._open[task.id]
+            self._closed[task.id] = task.name, ack
+            if len(self._closed) > _REMEMBERED:
+                self._closed.popitem(last=False)
+        return None
+
+
+class Batch:
+    """The tasks of one exchange."""
+
+    def __init__(self) -> None:
+        self.tasks: list[OpenTask] = []
+        self.replies: queue.SimpleQueue[Message | FedtrainError] = queue.SimpleQueue()
+
+    def collect(
+        self, patience: float | None, deadline: float | None, withdraw: Callable[[], object]
+    ) -> Iterator[Message]:
+        """Yield replies as they come, until all have answered or none is worth waiting for.
+
+        Args:
+            patience: seconds without progress of any client that has not answered; None waits on.
+            deadline: seconds in all; None waits on.
+            withdraw: closes what is left, so that nothing can come any more.
+
+        Raises:
+            FedtrainError: what ended the exchange: see `Board.fail`.
+        """
+        started = time.monotonic()
+        left, waiting = len(self.tasks), True
+        while left:
+            wait = self._seconds_left(started, patience, deadline) if waiting else 0.0
+            try:
+                reply = self.replies.get(timeout=wait)
+            except queue.Empty:
+                if not waiting:
+                    return
+                if self._seconds_left(started, patience, deadline) == 0:
+                    withdraw()
+                    waiting = False  # but for what was accepted a moment ago
+                continue
+            if isinstance(reply, FedtrainError):
+                raise reply
+            left -= 1
+            yield reply
+
+    def _seconds_left(self, started: float, patience: float | None, deadline: float | None) -> float | None:
+        ends = []
+        if deadline is not None:
+            ends.append(started + deadline)
+        if patience is not None:
+            ends.append(max((task.moved for task in self.tasks if task.open), default=started) + patience)
+        return max(0.0, min(ends) - time.monotonic()) if ends else None

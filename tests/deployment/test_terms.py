@@ -1,0 +1,70 @@
+"""What a client makes of an offer, and a server of a client's data."""
+
+import pytest
+
+from fedtrain.data.base import DataSpec
+from fedtrain.deployment.terms import accepted, code_of, describe, differences, offer_for
+from fedtrain.errors import PolicyError
+from fedtrain.experiment.load import identity
+from fedtrain.experiment.sections import Experiment
+from fedtrain.link.headers import LinkError
+
+DATA = {"name": "digits", "clients": 3}
+
+
+def experiment(**fields: object) -> Experiment:
+    return Experiment.model_validate({"data": DATA, **fields})
+
+
+def test_an_offer_comes_back_as_the_experiment_without_what_is_this_machines_affair() -> None:
+    given = experiment(run={"threads": 2, "policy": "policy.toml", "ledgers": "elsewhere", "device": "cpu"})
+    offer = offer_for(given, "0" * 32)
+    read = accepted(offer, ())
+    assert identity(read) == identity(given) == offer.experiment_hash
+    assert (read.run.threads, read.run.policy, read.run.ledgers, read.run.device) == (2, None, None, "auto")
+    assert "policy.toml" not in offer.model_dump_json()
+
+
+def test_an_experiment_that_is_not_what_its_hash_says_is_refused() -> None:
+    offer = offer_for(experiment(), "0" * 32)
+    other = offer.model_copy(update={"facts": {"experiment": experiment(seed=5).model_dump(mode="json")}})
+    with pytest.raises(LinkError, match="SHA-256"):
+        accepted(other, ())
+
+
+@pytest.mark.parametrize("facts", [{}, {"experiment": None}, {"experiment": []}, {"experiment": {"data": {"x": 1}}}])
+def test_an_offer_without_an_experiment_is_refused(facts: dict[str, object]) -> None:
+    with pytest.raises(LinkError, match="experiment is wrong"):
+        accepted(offer_for(experiment(), "0" * 32).model_copy(update={"facts": facts}), ())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"task": {"name": "subprocess:Popen", "options": {"args": ["touch", "it"]}}},
+        {"strategy": {"name": "own", "path": "os:system"}},
+        {"data": {"name": "shutil:rmtree", "options": {"path": "it"}, "clients": 3}},
+        {"task": {"name": "mine.py:Task"}},
+    ],
+)
+def test_a_server_cannot_name_code_that_the_owner_has_not(fields: dict[str, object]) -> None:
+    wanted = experiment(**fields)
+    (name,) = code_of(wanted)
+    with pytest.raises(PolicyError, match="has not allowed"):
+        accepted(offer_for(wanted, "0" * 32), ())
+    assert code_of(accepted(offer_for(wanted, "0" * 32), (name,))) == [name]
+
+
+def test_a_file_of_tags_on_the_client_is_not_read() -> None:
+    read = accepted(offer_for(experiment(clients={"tags": "/etc/passwd", "where": {"x": 1}}), "0" * 32), ())
+    assert (read.clients.tags, read.clients.where) == (None, {})
+
+
+def test_data_of_another_kind_are_told_apart() -> None:
+    ours = describe(DataSpec((30,), "class", 2, ("a", "b"), ("no", "yes")))
+    assert differences(ours, ours) is None
+    other = describe(DataSpec((31,), "class", 2, ("a", "b"), ("no", "yes")))
+    assert "input_shape is [31] and not [30]" in str(differences(other, ours))
+    renamed = describe(DataSpec((30,), "class", 2, ("a", "c"), ("no", "yes")))
+    assert "names is" in str(differences(renamed, ours))
+    assert differences(None, ours) == differences({}, ours) == "it does not describe its data"
