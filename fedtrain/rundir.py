@@ -10,6 +10,8 @@ RUN/privacy.json         what a private run promises
 RUN/asked.jsonl          how often each client was asked, where it adds its own noise
 RUN/ledgers/             what was spent on whose privacy
 RUN/clients/             what clients keep between rounds, where the strategy has them keep something
+RUN/roster.json          the clients of a server, and the run's name
+RUN/spool/               updates that a server is receiving; they have no names there
 RUN/server.json          where a server listens, while there is one
 RUN/local-clients/       homes and logs of the clients that a server has started itself
 RUN/model.safetensors    the final model's full state dict
@@ -83,6 +85,9 @@ class RunFolder:
         self.model = path / "model.safetensors"
         self.report = path / "report.html"
         self.server = path / "server.json"
+        self.roster = path / "roster.json"
+        self.spool = path / "spool"
+        self.local_clients = path / "local-clients"
         self._lock, self._stop = path / ".lock", path / ".stop"
 
     @classmethod
@@ -121,11 +126,7 @@ class RunFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise RunFolderError(
-                    "another process is running in this folder",
-                    got=str(self.path),
-                    hint="Wait for it to end, or choose another folder with --out",
-                ) from error
+                raise self._held() from error
             lock.truncate(0)
             lock.write(str(os.getpid()).encode())
             lock.flush()
@@ -144,6 +145,22 @@ class RunFolder:
             pass
         return None
 
+    def refuse_if_held(self) -> None:
+        """Say at once that another process is running here; only the lock keeps it out.
+
+        Raises:
+            RunFolderError: it is.
+        """
+        if self.holder() is not None:
+            raise self._held()
+
+    def _held(self) -> RunFolderError:
+        return RunFolderError(
+            "another process is running in this folder",
+            got=str(self.path),
+            hint="Wait for it to end, or choose another folder with --out",
+        )
+
     def ask_to_stop(self) -> None:
         """Have the running process stop after its round."""
         self._stop.touch()
@@ -160,7 +177,8 @@ class RunFolder:
         names -= {name for name in names if name.startswith(".") and name.endswith(".tmp")}
         ours = {".lock", self.checkpoints.name, self.experiment.name, self.data.name, self.preparation.name}
         ours |= {self.clients.name, self.privacy.name, self.ledgers.name}
-        return bool(names) and not {".lock"} <= names <= ours
+        ours |= {self.server.name, self.roster.name, self.spool.name, self.local_clients.name}
+        return bool(names) and not names <= ours
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest."""

@@ -37,7 +37,7 @@ def test_what_the_readme_shows_is_what_happens(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     for language, block in BLOCKS:
         if language == "python":
             assert len(block.partition("\n\n")[2].splitlines()) == 3

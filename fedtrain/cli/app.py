@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -14,6 +15,7 @@ import typer.core
 from fedtrain import __version__
 from fedtrain.cli.ca import app as ca_app
 from fedtrain.cli.client import app as client_app
+from fedtrain.cli.data import app as data_app
 from fedtrain.cli.options import AsJson, DataRoot, ExperimentFile, Out, Overrides, Quiet, RunArgument, folders
 from fedtrain.cli.privacy import app as privacy_app
 from fedtrain.cli.terminal import say
@@ -27,6 +29,21 @@ __all__ = ["app", "main"]
 # With rich installed, typer escapes brackets for it, "\\[required]", also where markup is switched off as here.
 typer.core.HAS_RICH = False
 
+
+class _Engine(Enum):
+    """What runs a simulation's clients."""
+
+    own = "own"
+    ray = "ray"
+
+
+class _Runtime(Enum):
+    """What carries a deployment's messages."""
+
+    own = "own"
+    flower = "flower"
+
+
 _INTERRUPTED = 130  # typer returns it for a KeyboardInterrupt of its own
 
 app = typer.Typer(
@@ -37,8 +54,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-_data = typer.Typer(help="Fetch data sets; describe how they lie on the clients.", no_args_is_help=True)
-app.add_typer(_data, name="data", rich_help_panel=None)
+app.add_typer(data_app, name="data", rich_help_panel=None)
 app.add_typer(privacy_app, name="privacy", rich_help_panel=None)
 app.add_typer(client_app, name="client", rich_help_panel=None)
 app.add_typer(ca_app, name="ca", rich_help_panel=None)
@@ -126,6 +142,15 @@ def simulate(
     overrides: Overrides = None,
     out: Out = None,
     data_root: DataRoot = None,
+    engine: Annotated[
+        _Engine, typer.Option("--engine", help="Processes of our own, or Flower's on Ray: for clusters and many GPUs.")
+    ] = _Engine.own,
+    cpus: Annotated[float, typer.Option("--ray-cpus", min=0.01, help="Cores per client under Ray.")] = 1.0,
+    gpus: Annotated[float, typer.Option("--ray-gpus", min=0, help="GPUs per client under Ray, also 0.5.")] = 0.0,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray-address", help="Of a Ray cluster; one is started here unless given.", show_default=False),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -141,8 +166,15 @@ def simulate(
     def run(observer: RunObserver) -> None:
         from fedtrain.simulations.run import Places, simulate
 
+        make = None
+        if engine is _Engine.ray:
+            from functools import partial
+
+            from fedtrain.simulations.ray import RayEngine, RayResources
+
+            make = partial(RayEngine, RayResources(cpus, gpus, ray))
         base, root = folders(experiment_file, experiment, data_root)
-        simulate(experiment, Places(base, folder.path, root), observer)
+        simulate(experiment, Places(base, folder.path, root), observer, make)
 
     carry_out(experiment, folder, run, quiet=quiet, as_json=as_json)
 
@@ -168,6 +200,9 @@ def server(
         str | None,
         typer.Option("--enrol", metavar="HOST:PORT", help="Serve enrolment here, too.", show_default=False),
     ] = None,
+    own_data: Annotated[
+        bool, typer.Option("--own-data", help="Clients bring their own rows; the server reads none.")
+    ] = False,
     min_clients: Annotated[
         int | None, typer.Option("--min-clients", min=1, help="Clients to wait for; all unless given.")
     ] = None,
@@ -176,6 +211,18 @@ def server(
         float, typer.Option("--patience", min=0.1, help="Seconds without progress until a round goes on without.")
     ] = 60.0,
     max_clients: Annotated[int, typer.Option("--max-clients", min=1, help="Clients at once.")] = 64,
+    runtime: Annotated[
+        _Runtime, typer.Option("--runtime", help="Our own server, or a stock Flower fleet: see docs/deployment.md.")
+    ] = _Runtime.own,
+    superlink: Annotated[
+        str | None,
+        typer.Option(
+            "--superlink",
+            metavar="HOST:PORT",
+            help="Of the fleet; one is started here unless given.",
+            show_default=False,
+        ),
+    ] = None,
     with_clients: Annotated[
         int, typer.Option("--with-clients", metavar="N", min=0, help="Start the N clients on this machine.")
     ] = 0,
@@ -194,9 +241,22 @@ def server(
     experiment = load(experiment_file, overrides or ())
     base, root = folders(experiment_file, experiment, data_root)
     places = Places(base, run_folder(experiment, out).path, root)
+    if runtime is _Runtime.flower:
+        from fedtrain.cli.running import carry_out
+        from fedtrain.fleet.run import Fleet, run_on_flower
+        from fedtrain.simulations.run import sigterm_interrupts
+
+        fleet = Fleet(superlink, ca, insecure, patience=patience)
+
+        def run(observer: RunObserver) -> None:
+            with sigterm_interrupts():
+                run_on_flower(experiment, places, observer, fleet)
+
+        carry_out(experiment, run_folder(experiment, out), run, quiet=quiet, as_json=as_json)
+        return
     address = "127.0.0.1:0" if with_clients else listen
     options = ServerOptions(
-        address, enrol, ca, hosts or (), min_clients, wait, patience, max_clients, with_clients, insecure
+        address, enrol, ca, hosts or (), own_data, min_clients, wait, patience, max_clients, with_clients, insecure
     )
     serve_experiment(experiment, places, options, quiet=quiet, as_json=as_json)
 
@@ -286,75 +346,3 @@ def predict(
     from fedtrain.predict import predictions
 
     write_csv(predictions(run, inputs), out)
-
-
-@_data.command()
-def fetch(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Data sets to fetch; none: list them.", show_default=False)
-    ] = None,
-    data_root: DataRoot = None,
-    mirror: Annotated[
-        str | None, typer.Option("--mirror", help="Base URL to use instead of the official one.", show_default=False)
-    ] = None,
-) -> None:
-    """Download data sets from their official sources. Every byte is checked, and a broken download goes on."""
-    from fedtrain.cli.progress import downloads
-    from fedtrain.data.fetch import OFFICIAL
-    from fedtrain.data.fetch import fetch as fetch_data
-    from fedtrain.data.sources import SOURCES
-
-    if not names:
-        for name, source in SOURCES.items():
-            where = "can be fetched" if name in OFFICIAL else "bring it yourself"
-            if not source.needs_root:
-                where = "built in"
-            elif data_root and _lies_in(data_root, name):
-                where = "in the data root"
-            say(f"  {name:14} {where:18} {source.summary}", indent=34)
-        return
-    if data_root is None:
-        raise InputError(
-            "where to put the data is not known",
-            hint="Name a folder: fedtrain data fetch ... --data-root DIR, or set FEDTRAIN_DATA",
-        )
-    for name in names:
-        with downloads() as progress:
-            paths = fetch_data(name, data_root, progress, mirror)
-        typer.echo(f"{name}: {len(paths)} files in {data_root / name}")
-
-
-@_data.command()
-def describe(
-    experiment_file: ExperimentFile,
-    overrides: Overrides = None,
-    data_root: DataRoot = None,
-    picture: Annotated[
-        Path | None,
-        typer.Option("--picture", help="Also draw it into this .svg, .png or .pdf file.", show_default=False),
-    ] = None,
-) -> None:
-    """Show how data lies on the clients. Sizes, labels, and how far from IID they are."""
-    import shutil
-
-    from fedtrain.data.federated import build
-    from fedtrain.experiment import load
-    from fedtrain.report.labels import draw, render
-
-    experiment = load(experiment_file, overrides or ())
-    base, root = folders(experiment_file, experiment, data_root)
-    summary = build(experiment.data, root, base, experiment.seed).summary()
-    for line in render(summary, min(120, shutil.get_terminal_size().columns)):
-        typer.echo(line)
-    if picture is not None:
-        draw(summary, picture)
-        typer.echo(f"Picture: {picture}")
-
-
-def _lies_in(data_root: Path, source: str) -> bool:
-    """Whether a source's files are there, at a glance; what is in them is checked when they are read."""
-    from fedtrain.data.fetch import OFFICIAL
-
-    if source in OFFICIAL:
-        return all((data_root / source / file.name).exists() for file in OFFICIAL[source].files)
-    return (data_root / source.replace("-", "_")).is_dir()

@@ -37,6 +37,7 @@ class ServerOptions:
         enrol: "host:port" where invited sites enrol; None serves no enrolment.
         authority: folder of the certificate authority; None for plain text.
         hosts: names by which clients reach this machine.
+        own_data: clients bring their own rows.
         min_clients: before the first round.
         wait: seconds for them.
         patience: seconds without progress after which a round does not wait for a client.
@@ -49,6 +50,7 @@ class ServerOptions:
     enrol: str | None = None
     authority: Path | None = None
     hosts: Sequence[str] = ()
+    own_data: bool = False
     min_clients: int | None = None
     wait: float | None = None
     patience: float = 60.0
@@ -95,7 +97,9 @@ def serve_experiment(
                     inside.enter_context(local.running(to, options.with_clients))
                 yield
 
-        listening = Listening(options.listen, door, options.min_clients, options.wait, options.patience, opened)
+        listening = Listening(
+            options.listen, door, options.min_clients, options.wait, options.own_data, options.patience, opened
+        )
         carry_out(
             experiment,
             RunFolder(places.out),
@@ -124,7 +128,7 @@ class _LocalClients:
                 expected=f"{len(to.names)}, as the data are spread over",
                 hint=f"Use --with-clients {len(to.names)}, or --set data.clients={count}",
             )
-        logs = self.places.out / "local-clients"
+        logs = RunFolder(self.places.out).local_clients
         logs.mkdir(exist_ok=True)
         to.observer.notice(f"{count} clients are started on this machine; they log to {logs}")
         processes = [self._start(name, to.hub.address, logs) for name in to.names]
@@ -144,7 +148,14 @@ class _LocalClients:
         section, base = self.experiment.data, self.places.base
         data = base / Path(section.path).expanduser() if section.path else self.places.data_root or base
         command = [sys.executable, "-m", "fedtrain", "client", "--server", address, "--identity", str(identity)]
-        command += ["--data", str(data), "--share", "--home", str(self.places.out / "local-clients" / name), "--once"]
+        command += [
+            "--data",
+            str(data),
+            "--share",
+            "--home",
+            str(RunFolder(self.places.out).local_clients / name),
+            "--once",
+        ]
         command += ["--device", self.experiment.run.device, "--code", str(base)]
         for reference in code_of(self.experiment):
             command += ["--allow-code", reference]

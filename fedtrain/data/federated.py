@@ -50,6 +50,8 @@ def build(section: DataSection, data_root: Path | None, base: Path, seed: int) -
         MissingExtraError: the package that reads it is not installed.
     """
     dataset = load_dataset(section, data_root, base, seed)
+    if section.classes:
+        dataset = _with_classes(dataset, tuple(section.classes))
     if section.missing == "drop":
         dataset = _drop_incomplete(dataset)
     if dataset.test_targets is None and section.central_test > 0:
@@ -222,6 +224,23 @@ class PartitionedData:
 def _take(examples: Examples, positions: NDArray[np.int64] | Tensor) -> Examples:
     index = torch.as_tensor(positions)
     return Examples(examples.inputs[index], examples.targets[index])
+
+
+def _with_classes(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
+    """Number the classes as given, whether there are examples of each or not."""
+    spec = dataset.spec
+    if spec.target != "class":
+        raise DataError("data.classes is for targets that are classes", got=spec.target, hint="Leave it out")
+    here = spec.class_names or tuple(str(number) for number in range(spec.num_classes))
+    if unknown := sorted(set(here) - set(classes)):
+        raise DataError("the data have a class that data.classes does not name", got=unknown[0])
+    numbers = torch.tensor([classes.index(name) for name in here], dtype=torch.int64)
+    return replace(
+        dataset,
+        spec=replace(spec, num_classes=len(classes), class_names=classes),
+        targets=numbers[dataset.targets],
+        test_targets=None if dataset.test_targets is None else numbers[dataset.test_targets],
+    )
 
 
 def _drop_incomplete(dataset: Dataset) -> Dataset:

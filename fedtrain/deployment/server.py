@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 from flwr.app import Message
 
-from fedtrain.deployment.terms import describe, differences, offer_for, run_name
+from fedtrain.data.federated import PartitionedData, build
+from fedtrain.deployment.roster import RemoteData, Roster, checked_kind, num_examples
+from fedtrain.deployment.terms import describe, differences, offer_for
 from fedtrain.disk import atomic_write
-from fedtrain.errors import RunError
+from fedtrain.errors import DataError, InputError, RunError
 from fedtrain.experiment.sections import Experiment
 from fedtrain.link.hub import Door, Hub
 from fedtrain.rundir import RunFolder
@@ -46,6 +48,7 @@ class Listening:
         door: certificates and caps.
         min_clients: that must be there before the first round; None for all that the data name.
         wait: seconds that they have for it; None waits on.
+        own_data: clients bring their own rows, and the server has none.
         patience: seconds that a round waits for clients that make no progress.
         opened: what lasts as long as the hub; entered before it answers.
     """
@@ -54,6 +57,7 @@ class Listening:
     door: Door = field(default_factory=Door)
     min_clients: int | None = None
     wait: float | None = None
+    own_data: bool = False
     patience: float = 60.0
     opened: Callable[[Opened], AbstractContextManager[object]] = contextlib.nullcontext
 
@@ -76,72 +80,106 @@ def serve(experiment: Experiment, places: Places, observer: Observer, listening:
         RunError: the run cannot go on; resumable.
     """
     folder = RunFolder(places.out)
+    with contextlib.ExitStack() as stack:
+        hub: Hub
 
-    @contextlib.contextmanager
-    def engine(setup: Setup) -> Iterator[_Remote]:
-        names = setup.data.client_ids()
-        attendance = _Attendance(names, describe(setup.data.spec))
-        offer = offer_for(experiment, run_name(experiment, folder.read_manifest().created_at, folder.path))
-        spool = folder.path / "spool"
-        spool.mkdir(exist_ok=True)
-        hub = Hub(listening.address, offer, attendance, spool, listening.door)
-        with listening.opened(Opened(hub, names, observer)), hub:
+        def load() -> PartitionedData:
+            nonlocal hub
+            folder.refuse_if_held()
+            folder.spool.mkdir(parents=True, exist_ok=True)
+            roster = Roster.read(folder.roster)
+            data = None
+            if not listening.own_data:
+                data = build(experiment.data, places.data_root, places.base, experiment.seed)
+            attendance = _Attendance(roster, data)
+            offer = offer_for(experiment, roster.run, own_data=listening.own_data)
+            hub = Hub(listening.address, offer, attendance, folder.spool, listening.door)
+            stack.enter_context(listening.opened(Opened(hub, data.client_ids() if data else (), observer)))
+            stack.enter_context(hub)
             where = json.dumps({"address": hub.address}).encode()
             atomic_write(folder.server, lambda file: file.write(where))
-            try:
-                attendance.wait_for(listening, observer, folder.stop_wanted)
-                yield _Remote(hub, names, max(2 * setup.capacity, _LEAST_LIMIT), listening.patience)
-            finally:
-                folder.server.unlink(missing_ok=True)
+            stack.callback(folder.server.unlink, missing_ok=True)
+            attendance.wait_for(listening, observer, folder.stop_wanted)
+            roster.write(folder.roster)
+            return data or RemoteData(experiment, roster)
 
-    return simulate(experiment, places, observer, engine)
+        @contextlib.contextmanager
+        def engine(setup: Setup) -> Iterator[_Remote]:
+            yield _Remote(hub, setup.data.client_ids(), max(2 * setup.capacity, _LEAST_LIMIT), listening.patience)
+
+        return simulate(experiment, places, observer, engine, load)
 
 
 class _Attendance:
-    """The hub's doorman: lets in whom the experiment knows, with data of the same kind."""
+    """The hub's doorman: lets in whom the experiment knows, with data of the same kind.
 
-    def __init__(self, names: Sequence[str], spec: dict[str, Any]) -> None:
-        self._names, self._spec = names, spec
-        self._here: set[str] = set()
+    Args:
+        roster: of the run; written to where clients bring their own data, until the run begins.
+        data: of all clients; None where they bring their own.
+    """
+
+    def __init__(self, roster: Roster, data: PartitionedData | None) -> None:
+        self._roster, self._data = roster, data
+        self._kind = describe(data) if data else roster.kind
+        self._names: Sequence[str] = data.client_ids() if data else tuple(roster.sizes)
+        self._sizes: dict[str, int] = {}  # of clients that are there
         self._changed = threading.Condition()
 
     def ready(self, name: str, facts: dict[str, Any]) -> str | None:
-        if name not in self._names:
-            return f"the experiment has no client {name}; its {len(self._names)} are {self._names[0]}, ..."
-        if why := differences(facts.get("data"), self._spec):
-            return why
         with self._changed:
-            self._here.add(name)
+            if self._names and name not in self._names:
+                return f"this run has no client {name}; its {len(self._names)} are {self._names[0]}, ..."
+            try:
+                size = 0 if self._data else num_examples(facts)
+                kind = self._kind or checked_kind(facts.get("data"))
+            except DataError as error:
+                return str(error)
+            if why := differences(facts.get("data"), kind):
+                return why
+            if self._roster.sizes.get(name, size) != size:
+                return f"it has {size} examples, and had {self._roster.sizes[name]} when the run began"
+            self._kind = kind
+            self._sizes[name] = size
             self._changed.notify_all()
         return None
 
     def left(self, name: str) -> None:
         with self._changed:
-            self._here.discard(name)
+            self._sizes.pop(name, None)
 
     def wait_for(self, listening: Listening, observer: Observer, stop_wanted: Callable[[], bool]) -> None:
-        """Block until enough clients are there.
+        """Block until enough clients are there; those with data of their own are all that the run will have.
 
         Raises:
+            InputError: how many is not known.
             KeyboardInterrupt: somebody wants the server to stop.
             RunError: they did not come in time.
         """
-        least = min(listening.min_clients or len(self._names), len(self._names))
+        least = listening.min_clients or len(self._names)
+        if not least:
+            raise InputError(
+                "how many clients will come is not known",
+                hint="Where clients bring their own data, say for how many to wait: --min-clients N",
+            )
+        least = min(least, len(self._names) or least)
         end = math.inf if listening.wait is None else time.monotonic() + listening.wait
         with self._changed:
-            if len(self._here) < least:
+            if len(self._sizes) < least:
                 observer.notice(f"waiting for {least} clients")
-            while not self._changed.wait_for(lambda: len(self._here) >= least, min(_LOOK, end - time.monotonic())):
+            while not self._changed.wait_for(lambda: len(self._sizes) >= least, min(_LOOK, end - time.monotonic())):
                 if stop_wanted():
                     raise KeyboardInterrupt
                 if time.monotonic() < end:
                     continue
                 raise RunError(
                     "too few clients came",
-                    got=f"{len(self._here)} in {listening.wait:g} seconds",
+                    got=f"{len(self._sizes)} in {listening.wait:g} seconds",
                     expected=f"{least}",
                     hint="Start more clients, or set --min-clients and --wait",
                 )
+            if not self._names:
+                self._roster.kind, self._roster.sizes = self._kind, dict(sorted(self._sizes.items()))
+                self._names = tuple(self._roster.sizes)
 
 
 class _Remote:
@@ -161,6 +199,7 @@ class _Remote:
         tasks = [(asked[m.metadata.message_id], m) for m in messages if asked[m.metadata.message_id] not in self._gone]
         silent = {name for name, _ in tasks}
         for reply in self._hub.exchange(tasks, self._limit, self._patience):
-            silent.discard(asked[reply.metadata.reply_to_message_id])
+            if reply.has_content():  # an error may be of the hub's, about one who is not let in any more
+                silent.discard(asked[reply.metadata.reply_to_message_id])
             yield reply
         self._gone |= silent

@@ -17,7 +17,7 @@ from flwr.app import MessageType, Metadata, RecordDict
 import fedtrain
 from fedtrain import flower, wire
 from fedtrain.deployment.site import Assembly, Owner, assemble
-from fedtrain.errors import FedtrainError, InputError, shorten
+from fedtrain.errors import FedtrainError, InputError, RunError, shorten
 from fedtrain.link.channel import ConnectionLostError, Link, Partial, RefusedError, Task, connect
 from fedtrain.link.control import Hello, Offer
 from fedtrain.link.frames import Packed, pack
@@ -159,7 +159,10 @@ class Client:
         reply = answer(assembly.app, message, self._owner.name)
         packed = pack(reply.content if reply.has_content() else reply.error)
         if task.kind == MessageType.TRAIN and reply.has_content():
-            assembly.outbox.keep(task, packed)
+            try:
+                assembly.outbox.keep(task, packed)
+            except RunError as error:  # it can be sent all the same; if it is lost it is made, and paid for, anew
+                _LOG.warning("round %s: %s", shorten(task.group), error)
         return packed
 
     def _stepped(self) -> None:

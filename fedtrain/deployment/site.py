@@ -16,7 +16,7 @@ from fedtrain.client.state import ClientState
 from fedtrain.data.base import Examples
 from fedtrain.data.federated import PartitionedData, build
 from fedtrain.deployment.outbox import Outbox
-from fedtrain.deployment.terms import accepted, describe
+from fedtrain.deployment.terms import OWN_DATA, accepted, describe
 from fedtrain.errors import DataError
 from fedtrain.experiment.partitions import IidPartition
 from fedtrain.experiment.privacy import SamplePrivacy
@@ -104,8 +104,10 @@ def assemble(owner: Owner, offer: Offer, on_step: Callable[[], None] | None = No
         budget = Budget(protects.plan, request, protects.ledgers, protects.policy, data)
     site = Site(owner.base, ClientState(folder.clients), find_device(owner.device), budget, on_step)
     size = sum(t.numel() * t.element_size() for t in exchanged(model).values())
-    examples = None if isinstance(experiment.privacy, SamplePrivacy) else len(train)
-    facts = {"data": describe(data.spec), "device": str(site.device), "num_examples": examples}
+    # Where a server has no rows, it needs the sizes also under privacy, whose plan takes them as public.
+    hidden = isinstance(experiment.privacy, SamplePrivacy) and offer.facts.get(OWN_DATA) is not True
+    examples = None if hidden else len(train)
+    facts = {"data": describe(data), "device": str(site.device), "num_examples": examples}
     app = make_client_app(experiment, task, data, site)
     return Assembly(app, facts, Outbox(folder.path / "outbox"), 3 * size + (1 << 20))
 

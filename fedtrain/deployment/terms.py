@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from fedtrain.data.base import DataSpec
+from fedtrain.data.federated import PartitionedData
 from fedtrain.errors import PolicyError, shorten
 from fedtrain.experiment.load import identity
 from fedtrain.experiment.sections import Experiment, RunSection
@@ -19,21 +16,25 @@ from fedtrain.experiment.strategies import OwnStrategy
 from fedtrain.link.control import Offer
 from fedtrain.link.headers import LinkError
 
-__all__ = ["accepted", "code_of", "describe", "differences", "offer_for", "run_name"]
+__all__ = ["OWN_DATA", "accepted", "code_of", "describe", "differences", "offer_for"]
+
+OWN_DATA = "own_data"
+"""Key of the offer's facts: the clients' rows are nowhere else."""
 
 _EXPERIMENT = "experiment"
 
 
-def run_name(experiment: Experiment, created_at: str, folder: Path) -> str:
-    """Name a run: the same after a restart, and no other run's. 32 hexadecimal digits."""
-    text = f"{identity(experiment)} {experiment.name} {created_at} {folder.resolve()}"
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def offer_for(experiment: Experiment, run: str, *, own_data: bool = False) -> Offer:
+    """Write what clients are offered. Of [run], which is this machine's affair, they learn the number of threads.
 
-
-def offer_for(experiment: Experiment, run: str) -> Offer:
-    """Write what clients are offered. Of [run], which is this machine's affair, they learn the number of threads."""
+    Args:
+        experiment: what is run.
+        run: its name.
+        own_data: the server has no rows, and needs to know how many each client has.
+    """
     told = experiment.model_copy(update={"run": RunSection(threads=experiment.run.threads)})
-    return Offer(run=run, experiment_hash=identity(told), facts={_EXPERIMENT: told.model_dump(mode="json")})
+    facts = {_EXPERIMENT: told.model_dump(mode="json"), OWN_DATA: own_data}
+    return Offer(run=run, experiment_hash=identity(told), facts=facts)
 
 
 def accepted(offer: Offer, code: Collection[str]) -> Experiment:
@@ -74,16 +75,16 @@ def code_of(experiment: Experiment) -> list[str]:
     return [name for name in (experiment.task.name, experiment.data.name or "", strategy) if ":" in name]
 
 
-def describe(spec: DataSpec) -> dict[str, Any]:
-    """Describe data so that a server can tell whether all clients have the same kind; names only as a digest."""
-    facts = asdict(spec)
-    names = json.dumps([facts.pop("feature_names"), facts.pop("class_names")])
-    return {**facts, "input_shape": list(spec.input_shape), "names": hashlib.sha256(names.encode()).hexdigest()}
+def describe(data: PartitionedData) -> dict[str, Any]:
+    """Describe data so that a server can tell whether all clients have the same kind, and build the model from it."""
+    spec = asdict(data.spec)
+    kind = {name: list(value) if isinstance(value, tuple) else value for name, value in spec.items()}
+    return {**kind, "dtype": data.preparation.dtype}
 
 
 def differences(theirs: object, ours: dict[str, Any]) -> str | None:
     """Say in which way a client's data are of another kind; None if they are not."""
     if not isinstance(theirs, dict) or theirs.keys() != ours.keys():
         return "it does not describe its data"
-    odd = [f"{key} is {shorten(theirs[key])} and not {ours[key]}" for key in ours if theirs[key] != ours[key]]
+    odd = [f"{key} {shorten(theirs[key])} and not {shorten(ours[key])}" for key in ours if theirs[key] != ours[key]]
     return f"its data are of another kind: {'; '.join(odd)}" if odd else None

@@ -68,6 +68,9 @@ class DataSection(Section):
     target_type: Literal["auto", "class", "number"] = "auto"
     """Predict a class or a number; auto: numbers with a fraction are numbers, all else are classes."""
 
+    classes: list[str] = Field(default=[], examples=[["no", "yes"]])
+    """All classes, in order; needed in a deployment where a client may not have examples of each."""
+
     client_column: str | None = Field(default=None, examples=["hospital"])
     """Column (CSV, Parquet) or array (NPZ) that names each row's client, for the partition "natural"."""
 

@@ -41,14 +41,14 @@ def channel_options(heartbeat: float) -> _Options:
 
 
 def _keepalive(heartbeat: float) -> _Options:
-    """Notice peers that are gone while something is on its way; else the heartbeats of a session do, and sooner.
+    """Notice peers that are gone while much is on its way; else the heartbeats of a session do, and sooner.
 
-    The system gives up a connection that acknowledges nothing (keepalive_timeout is its TCP_USER_TIMEOUT). A ping waits
-    behind the data that was sent before it, for minutes on a slow line.
+    On a slow line a ping waits for minutes behind the data that was sent before it, and a throttled one acknowledges in
+    large steps: keepalive_timeout is the system's TCP_USER_TIMEOUT, and no limit for pings.
     """
     return [
         ("grpc.keepalive_time_ms", int(2000 * heartbeat)),
-        ("grpc.keepalive_timeout_ms", int(1000 * heartbeat * SILENCE)),
+        ("grpc.keepalive_timeout_ms", int(12_000 * heartbeat)),
         ("grpc.http2.ping_timeout_ms", int(60_000 * heartbeat)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),

@@ -50,7 +50,7 @@ from fedtrain.training.device import find_device
 from fedtrain.training.evaluation import evaluate
 from fedtrain.training.loop import build_model, is_private
 
-__all__ = ["EngineFactory", "Places", "Setup", "simulate"]
+__all__ = ["EngineFactory", "Places", "Setup", "sigterm_interrupts", "simulate"]
 
 
 class Setup(NamedTuple):
@@ -82,7 +82,11 @@ class Places:
 
 
 def simulate(
-    experiment: Experiment, places: Places, observer: Observer, engine: EngineFactory | None = None
+    experiment: Experiment,
+    places: Places,
+    observer: Observer,
+    engine: EngineFactory | None = None,
+    load: Callable[[], PartitionedData] | None = None,
 ) -> RunFolder:
     """Run an experiment, or go on with it where it was stopped.
 
@@ -91,6 +95,7 @@ def simulate(
         places: where to read and write.
         observer: is told what happens.
         engine: runs the clients; this machine's processes unless given.
+        load: gives the clients' data, or what is known of them; the experiment's [data] is read unless given.
 
     Returns:
         The folder of the complete run.
@@ -106,7 +111,7 @@ def simulate(
         return folder
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(_sigterm_interrupts())
+            stack.enter_context(sigterm_interrupts())
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(experiment.run.threads)
             device = find_device(experiment.run.device)
@@ -117,7 +122,7 @@ def simulate(
                 pool = WorkerPool(count, experiment.run.threads)
                 stack.callback(pool.close)
                 engine = partial(_workers, pool)
-            data = build(experiment.data, places.data_root, places.base, experiment.seed)
+            data = load() if load else build(experiment.data, places.data_root, places.base, experiment.seed)
             task = make_task(experiment.task, data.spec, places.base)
             _try_task(task, data)
             sizes = np.where(eligible(experiment.clients, places.base, data.client_ids()), data.sizes(), 0)
@@ -291,6 +296,8 @@ class _Simulation:
 
 def _try_task(task: Task, data: PartitionedData) -> None:
     """Let a fault of the user's task show before anything is written."""
+    if not len(data.dataset.targets):  # they stay with the clients, who try it themselves
+        return
     largest = data.client_ids()[int(data.sizes().argmax())]
     train = data.client(largest).train
     check_task(task, Examples(train.inputs[:4], train.targets[:4]))
@@ -340,7 +347,7 @@ def _worker_count(experiment: Experiment, device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C while a run is on."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedtrain.data.base import Dataset, DataSpec
-from fedtrain.data.federated import PartitionedData, build
+from fedtrain.data.federated import PartitionedData, _with_classes, build
 from fedtrain.data.partition import RowFacts, make_partition
 from fedtrain.errors import DataError
 from fedtrain.experiment.sections import DataSection
@@ -207,3 +207,15 @@ def test_what_does_not_fit_is_named() -> None:
         spread(tokens, partition={"kind": "feature-noise"})
     with pytest.raises(DataError, match=r"data\.scaling is for features"):
         spread(tokens, scaling="client")
+
+
+def test_classes_are_numbered_as_given() -> None:
+    spec = DataSpec((1,), "class", 2, class_names=("no", "yes"))
+    dataset = Dataset("d", spec, torch.zeros(3, 1), torch.tensor([0, 1, 1]))
+    wider = _with_classes(dataset, ("unknown", "yes", "no"))
+    assert (wider.spec.num_classes, wider.spec.class_names) == (3, ("unknown", "yes", "no"))
+    assert wider.targets.tolist() == [2, 1, 1]
+    with pytest.raises(DataError, match="does not name: got no"):
+        _with_classes(dataset, ("yes", "unknown"))
+    with pytest.raises(DataError, match="targets that are classes"):
+        _with_classes(Dataset("d", DataSpec((1,), "number"), torch.zeros(3, 1), torch.zeros(3)), ("a",))

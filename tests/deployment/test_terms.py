@@ -1,8 +1,11 @@
 """What a client makes of an offer, and a server of a client's data."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from fedtrain.data.base import DataSpec
+from fedtrain.data.federated import build
 from fedtrain.deployment.terms import accepted, code_of, describe, differences, offer_for
 from fedtrain.errors import PolicyError
 from fedtrain.experiment.load import identity
@@ -61,10 +64,10 @@ def test_a_file_of_tags_on_the_client_is_not_read() -> None:
 
 
 def test_data_of_another_kind_are_told_apart() -> None:
-    ours = describe(DataSpec((30,), "class", 2, ("a", "b"), ("no", "yes")))
+    ours = describe(build(experiment().data, None, Path(), 0))
+    assert json.loads(json.dumps(ours)) == ours
+    assert (ours["input_shape"], ours["dtype"]) == ([1, 8, 8], "float32")
     assert differences(ours, ours) is None
-    other = describe(DataSpec((31,), "class", 2, ("a", "b"), ("no", "yes")))
-    assert "input_shape is [31] and not [30]" in str(differences(other, ours))
-    renamed = describe(DataSpec((30,), "class", 2, ("a", "c"), ("no", "yes")))
-    assert "names is" in str(differences(renamed, ours))
+    assert "input_shape [31] and not [1, 8, 8]" in str(differences({**ours, "input_shape": [31]}, ours))
+    assert "class_names ['x'] and not" in str(differences({**ours, "class_names": ["x"]}, ours))
     assert differences(None, ours) == differences({}, ours) == "it does not describe its data"

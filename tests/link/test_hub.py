@@ -2,6 +2,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -14,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fedtrain import flower
 from fedtrain.errors import InputError, RunError
 from fedtrain.link.channel import ConnectionLostError, Link, RefusedError, Task, connect
-from fedtrain.link.control import Hello, Offer, SubmitHead, encode
+from fedtrain.link.control import Hello, Offer, SubmitHead, Wanted, encode
 from fedtrain.link.frames import Packed, pack
 from fedtrain.link.headers import LinkError
 from fedtrain.link.hub import Hub
@@ -47,7 +48,13 @@ def names(replies: list[Message]) -> list[int]:
     return sorted(reply.metadata.src_node_id for reply in replies if reply.has_content())
 
 
-def raw_submit(link: Link, address: str, head: SubmitHead, *chunks: bytes) -> Any:
+def head_of(task: Task, link: Link, packed: Packed, nbytes: int | None = None) -> SubmitHead:
+    """The head of an answer, perhaps with another length."""
+    size = packed.nbytes if nbytes is None else nbytes
+    return SubmitHead(session=link._session, task=task.id, header=packed.header, nbytes=size, checksum=packed.checksum)
+
+
+def raw_submit(address: str, head: SubmitHead, *chunks: bytes) -> Any:
     """Submit by hand, as a client that is not ours may."""
     with grpc.insecure_channel(address) as channel:
         return channel.stream_unary(f"/{SERVICE}/Submit")(iter([encode(head), *chunks]))
@@ -163,6 +170,43 @@ def test_patience_lasts_while_there_is_progress(net: Any) -> None:
     assert names(list(net.ask("a", patience=0.75))) == [1]
 
 
+def test_bytes_are_progress(net: Any) -> None:
+    net.serve()
+
+    def slowly(task: Task, link: Link) -> None:
+        packed = echoed(task)
+
+        def parts() -> Iterator[bytes]:
+            yield encode(head_of(task, link, packed))
+            for chunk in packed.payload.chunks():
+                time.sleep(0.1)
+                yield chunk
+
+        with grpc.insecure_channel(net.hub.address) as channel:
+            channel.stream_unary(f"/{SERVICE}/Submit")(parts())
+
+    net.join("a", slowly)
+    assert names(list(net.ask("a", size=1_000_000, patience=0.75))) == [1]
+
+
+def test_a_client_has_one_fetch_at_a_time(net: Any) -> None:
+    net.serve()
+    ends = []
+
+    def twice(task: Task, link: Link) -> None:
+        wanted = encode(Wanted(session=link._session, task=task.id, offset=0))
+        with grpc.insecure_channel(net.hub.address) as channel:
+            first = channel.unary_stream(f"/{SERVICE}/Fetch")(wanted)
+            next(first)
+            task.submit(echoed(task))
+            ends.append(first.code())
+
+    site = net.join("a", twice)
+    assert names(list(net.ask("a", size=5_000_000))) == [1]
+    assert site.handled.acquire(timeout=30)
+    assert ends == [grpc.StatusCode.CANCELLED]
+
+
 def test_presence_is_no_progress(net: Any) -> None:
     net.serve(heartbeat=0.05)
 
@@ -195,7 +239,7 @@ def test_nobody_answers_for_another(net: Any, caplog: pytest.LogCaptureFixture) 
         for number in ("0" * 32, "-"):
             head = SubmitHead(session=number, task=task.id, header=packed.header, nbytes=0, checksum="0")
             with pytest.raises(grpc.RpcError) as refused:
-                raw_submit(link, net.hub.address, head)
+                raw_submit(net.hub.address, head)
             acks[number] = refused.value.code()
         with pytest.raises(LinkError, match="asked of a"):
             link.fetch(theirs[0], LIMIT)
@@ -245,13 +289,10 @@ def test_lying_answers_are_refused(net: Any) -> None:
 
     def lie(task: Task, link: Link) -> None:
         packed = echoed(task)
-        session = link._session
         data = b"".join(packed.payload.chunks())
         for nbytes, chunks in ((1 << 60, [data]), (len(data) + 64, [data]), (len(data), [data[:-1]])):
-            head = SubmitHead(
-                session=session, task=task.id, header=packed.header, nbytes=nbytes, checksum=packed.checksum
-            )
-            reasons.append(raw_submit(link, net.hub.address, head, *chunks).decode())
+            head = head_of(task, link, packed, nbytes)
+            reasons.append(raw_submit(net.hub.address, head, *chunks).decode())
 
     site = net.join("a", lie)
     (reply,) = net.ask("a")
@@ -282,15 +323,8 @@ def test_an_answer_that_breaks_off_leaves_the_task_open(net: Any) -> None:
     def broken(task: Task, link: Link) -> None:
         packed = echoed(task)
 
-        def half() -> Any:
-            head = SubmitHead(
-                session=link._session,
-                task=task.id,
-                header=packed.header,
-                nbytes=packed.nbytes,
-                checksum=packed.checksum,
-            )
-            yield encode(head)
+        def half() -> Iterator[bytes]:
+            yield encode(head_of(task, link, packed))
             yield next(packed.payload.chunks())
             begun.set()
             assert gone.wait(30)
