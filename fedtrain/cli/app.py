@@ -210,6 +210,9 @@ def server(
     patience: Annotated[
         float, typer.Option("--patience", min=0.1, help="Seconds without progress until a round goes on without.")
     ] = 60.0,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", min=0.1, help="Seconds until a round waits for nobody; no end.")
+    ] = None,
     max_clients: Annotated[int, typer.Option("--max-clients", min=1, help="Clients at once.")] = 64,
     runtime: Annotated[
         _Runtime, typer.Option("--runtime", help="Our own server, or a stock Flower fleet: see docs/deployment.md.")
@@ -256,7 +259,18 @@ def server(
         return
     address = "127.0.0.1:0" if with_clients else listen
     options = ServerOptions(
-        address, enrol, ca, hosts or (), own_data, min_clients, wait, patience, max_clients, with_clients, insecure
+        address,
+        enrol,
+        ca,
+        hosts or (),
+        own_data,
+        min_clients,
+        wait,
+        patience,
+        deadline,
+        max_clients,
+        with_clients,
+        insecure,
     )
     serve_experiment(experiment, places, options, quiet=quiet, as_json=as_json)
 

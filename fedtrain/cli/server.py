@@ -41,6 +41,7 @@ class ServerOptions:
         min_clients: before the first round.
         wait: seconds for them.
         patience: seconds without progress after which a round does not wait for a client.
+        deadline: seconds after which a round waits for nobody.
         max_clients: at once.
         with_clients: to start on this machine.
         insecure: plain text beyond this machine.
@@ -54,6 +55,7 @@ class ServerOptions:
     min_clients: int | None = None
     wait: float | None = None
     patience: float = 60.0
+    deadline: float | None = None
     max_clients: int = 64
     with_clients: int = 0
     insecure: bool = False
@@ -98,7 +100,14 @@ def serve_experiment(
                 yield
 
         listening = Listening(
-            options.listen, door, options.min_clients, options.wait, options.own_data, options.patience, opened
+            options.listen,
+            door,
+            options.min_clients,
+            options.wait,
+            options.own_data,
+            options.patience,
+            options.deadline,
+            opened,
         )
         carry_out(
             experiment,

@@ -50,6 +50,7 @@ class Listening:
         wait: seconds that they have for it; None waits on.
         own_data: clients bring their own rows, and the server has none.
         patience: seconds that a round waits for clients that make no progress.
+        deadline: seconds after which a round waits for nobody; None for no such end.
         opened: what lasts as long as the hub; entered before it answers.
     """
 
@@ -59,6 +60,7 @@ class Listening:
     wait: float | None = None
     own_data: bool = False
     patience: float = 60.0
+    deadline: float | None = None
     opened: Callable[[Opened], AbstractContextManager[object]] = contextlib.nullcontext
 
 
@@ -105,7 +107,8 @@ def serve(experiment: Experiment, places: Places, observer: Observer, listening:
 
         @contextlib.contextmanager
         def engine(setup: Setup) -> Iterator[_Remote]:
-            yield _Remote(hub, setup.data.client_ids(), max(2 * setup.capacity, _LEAST_LIMIT), listening.patience)
+            limit = max(2 * setup.capacity, _LEAST_LIMIT)
+            yield _Remote(hub, setup.data.client_ids(), limit, (listening.patience, listening.deadline))
 
         return simulate(experiment, places, observer, engine, load)
 
@@ -188,8 +191,8 @@ class _Remote:
     A client that did not answer in a round, and is not there, is not waited for until it comes back.
     """
 
-    def __init__(self, hub: Hub, names: Sequence[str], limit: int, patience: float) -> None:
-        self._hub, self._names, self._limit, self._patience = hub, names, limit, patience
+    def __init__(self, hub: Hub, names: Sequence[str], limit: int, waits: tuple[float, float | None]) -> None:
+        self._hub, self._names, self._limit, self._waits = hub, names, limit, waits
         self._gone: set[str] = set()
 
     def run(self, messages: Sequence[Message]) -> Iterator[Message]:
@@ -198,7 +201,7 @@ class _Remote:
         asked = {message.metadata.message_id: self._names[message.metadata.dst_node_id - 1] for message in messages}
         tasks = [(asked[m.metadata.message_id], m) for m in messages if asked[m.metadata.message_id] not in self._gone]
         silent = {name for name, _ in tasks}
-        for reply in self._hub.exchange(tasks, self._limit, self._patience):
+        for reply in self._hub.exchange(tasks, self._limit, *self._waits):
             if reply.has_content():  # an error may be of the hub's, about one who is not let in any more
                 silent.discard(asked[reply.metadata.reply_to_message_id])
             yield reply

@@ -199,7 +199,9 @@ def test_a_client_has_one_fetch_at_a_time(net: Any) -> None:
             first = channel.unary_stream(f"/{SERVICE}/Fetch")(wanted)
             next(first)
             task.submit(echoed(task))
-            ends.append(first.code())
+            with pytest.raises(grpc.RpcError) as ended:
+                list(first)
+            ends.append(ended.value.code())
 
     site = net.join("a", twice)
     assert names(list(net.ask("a", size=5_000_000))) == [1]
