@@ -8,6 +8,9 @@ FedtrainError                 anything fedtrain can name; exit code 1
 │   ├── MissingExtraError     an optional dependency is not installed
 │   └── RunFolderError        a run's folder is missing, locked or belongs to another experiment
 ├── RunError                  the run itself cannot go on (quorum, every client failed, disk full)
+│   └── LinkError             a message from another process is damaged, too large or out of turn
+├── ConnectionLostError       the server cannot be reached; trying again may help
+├── RefusedError              the server does not let this client take part
 ├── ClientEndedError          a client takes no further part; it does not say why
 ├── PrivacyError              a privacy promise would be broken; nothing was released
 │   ├── BudgetError           the round would overspend: this client has ended for these data
@@ -28,6 +31,7 @@ from dataclasses import dataclass
 __all__ = [
     "BudgetError",
     "ClientEndedError",
+    "ConnectionLostError",
     "DataError",
     "ExperimentError",
     "Fault",
@@ -35,9 +39,11 @@ __all__ = [
     "InputError",
     "InterruptedRunError",
     "LedgerError",
+    "LinkError",
     "MissingExtraError",
     "PolicyError",
     "PrivacyError",
+    "RefusedError",
     "RunError",
     "RunFolderError",
     "TaskError",
@@ -133,6 +139,27 @@ class RunFolderError(InputError):
 
 class RunError(FedtrainError):
     """The run cannot go on; what was finished is kept."""
+
+
+class LinkError(RunError):
+    """What came from the other end is damaged, too large or against the protocol."""
+
+
+class ConnectionLostError(FedtrainError):
+    """The server cannot be reached, or not any more; trying again may help."""
+
+
+class RefusedError(FedtrainError):
+    """The server does not let this client take part.
+
+    Args:
+        reason: the server's words.
+        final: trying again does not help.
+    """
+
+    def __init__(self, reason: str, final: bool) -> None:
+        self.reason, self.final = reason, final
+        super().__init__("the server refuses this client", got=shorten(reason, 300))
 
 
 class ClientEndedError(FedtrainError):

@@ -6,9 +6,10 @@ import io
 import os
 from typing import Any, cast
 
-# Before flwr is imported: no telemetry, no update check.
+# Before flwr is imported: no telemetry, no update check, and no lines of gRPC's own on standard error.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import numpy as np
 import torch

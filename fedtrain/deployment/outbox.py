@@ -7,10 +7,9 @@ import logging
 import os
 from pathlib import Path
 
-from fedtrain.errors import RunError
+from fedtrain.errors import LinkError, RunError
 from fedtrain.link.channel import Task
 from fedtrain.link.frames import Packed
-from fedtrain.link.headers import LinkError
 from fedtrain.link.spool import load, save
 
 __all__ = ["Outbox"]

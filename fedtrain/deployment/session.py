@@ -17,11 +17,10 @@ from flwr.app import MessageType, Metadata, RecordDict
 import fedtrain
 from fedtrain import flower, wire
 from fedtrain.deployment.site import Assembly, Owner, assemble
-from fedtrain.errors import FedtrainError, InputError, RunError, shorten
-from fedtrain.link.channel import ConnectionLostError, Link, Partial, RefusedError, Task, connect
+from fedtrain.errors import ConnectionLostError, FedtrainError, InputError, LinkError, RefusedError, RunError, shorten
+from fedtrain.link.channel import Link, Partial, Task, connect
 from fedtrain.link.control import Hello, Offer
 from fedtrain.link.frames import Packed, pack
-from fedtrain.link.headers import LinkError
 from fedtrain.simulations.grid import answer
 
 __all__ = ["Client", "Dial"]

@@ -9,12 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedtrain.data.federated import PartitionedData
-from fedtrain.errors import PolicyError, shorten
+from fedtrain.errors import LinkError, PolicyError, shorten
 from fedtrain.experiment.load import identity
 from fedtrain.experiment.sections import Experiment, RunSection
 from fedtrain.experiment.strategies import OwnStrategy
 from fedtrain.link.control import Offer
-from fedtrain.link.headers import LinkError
 
 __all__ = ["OWN_DATA", "accepted", "code_of", "describe", "differences", "offer_for"]
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from fedtrain.errors import FedtrainError, shorten
+from fedtrain.errors import ConnectionLostError, FedtrainError, LinkError, RefusedError, shorten
 from fedtrain.link.control import (
     Accepted,
     Ack,
@@ -36,33 +36,16 @@ from fedtrain.link.control import (
     read_server,
 )
 from fedtrain.link.frames import Packed, Receiver, unpack
-from fedtrain.link.headers import Content, LinkError
+from fedtrain.link.headers import Content
 from fedtrain.link.identity import split_address
 from fedtrain.link.transport import HEARTBEAT, SERVICE, SILENCE, channel_options, details
 
-__all__ = ["ConnectionLostError", "Link", "Partial", "RefusedError", "Task", "connect"]
+__all__ = ["Link", "Partial", "Task", "connect"]
 
 _PATIENCE = 4  # heartbeats that the server may take for its first word
 _TASK_GONE = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ABORTED, grpc.StatusCode.INVALID_ARGUMENT)
 
 _M = TypeVar("_M", bound=ServerMessage)
-
-
-class ConnectionLostError(FedtrainError):
-    """The server cannot be reached, or not any more; trying again may help."""
-
-
-class RefusedError(FedtrainError):
-    """The server does not let this client take part.
-
-    Args:
-        reason: the server's words.
-        final: trying again does not help.
-    """
-
-    def __init__(self, reason: str, final: bool) -> None:
-        self.reason, self.final = reason, final
-        super().__init__("the server refuses this client", got=shorten(reason, 300))
 
 
 @dataclass

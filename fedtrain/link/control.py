@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from fedtrain.errors import shorten
-from fedtrain.link.headers import HEADER_LIMIT, LinkError
+from fedtrain.errors import LinkError, shorten
+from fedtrain.link.headers import HEADER_LIMIT
 
 __all__ = [
     "PROTOCOL",

@@ -21,7 +21,8 @@ from flwr.app import ArrayRecord, Error
 from torch import Tensor
 
 from fedtrain import flower
-from fedtrain.link.headers import Content, LinkError, Plan, error_header, padded, records_header
+from fedtrain.errors import LinkError
+from fedtrain.link.headers import Content, Plan, error_header, padded, records_header
 
 __all__ = ["CHUNK", "Claim", "Packed", "Payload", "Receiver", "Sum", "pack", "unpack"]
 

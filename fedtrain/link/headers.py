@@ -13,9 +13,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedtrain import flower
-from fedtrain.errors import RunError, shorten
+from fedtrain.errors import LinkError, shorten
 
-__all__ = ["HEADER_LIMIT", "Content", "LinkError", "Plan", "error_header", "padded", "records_header"]
+__all__ = ["HEADER_LIMIT", "Content", "Plan", "error_header", "padded", "records_header"]
 
 HEADER_LIMIT = 1 << 20
 """Bytes of a header as JSON."""
@@ -31,10 +31,6 @@ _LONGEST_REASON = 10_000
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*_FLOATS, *_INTEGERS)}
-
-
-class LinkError(RunError):
-    """What came from the other end is damaged, too large or against the protocol."""
 
 
 def error_header(error: Error) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import grpc
 from flwr.app import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fedtrain.errors import FedtrainError, InputError, RunError, shorten
+from fedtrain.errors import FedtrainError, InputError, LinkError, RunError, shorten
 from fedtrain.link.board import Board, OpenTask
 from fedtrain.link.control import (
     PROTOCOL,
@@ -33,7 +33,6 @@ from fedtrain.link.control import (
     encode,
     read_client,
 )
-from fedtrain.link.headers import LinkError
 from fedtrain.link.identity import split_address
 from fedtrain.link.roster import Guest, Member, Roster
 from fedtrain.link.transfers import Transfers

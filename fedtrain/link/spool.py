@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fedtrain.disk import atomic_write
+from fedtrain.errors import LinkError
 from fedtrain.link.control import read_json
 from fedtrain.link.frames import Packed, Payload
-from fedtrain.link.headers import HEADER_LIMIT, LinkError
+from fedtrain.link.headers import HEADER_LIMIT
 
 __all__ = ["load", "save"]
 

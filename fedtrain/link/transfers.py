@@ -10,11 +10,10 @@ from typing import NoReturn
 
 import grpc
 
-from fedtrain.errors import RunError, shorten
+from fedtrain.errors import LinkError, RunError, shorten
 from fedtrain.link.board import Board, OpenTask
 from fedtrain.link.control import Ack, SubmitHead, encode, read_submit, read_wanted
 from fedtrain.link.frames import unpack
-from fedtrain.link.headers import LinkError
 from fedtrain.link.roster import Roster, identity
 
 __all__ = ["Transfers"]

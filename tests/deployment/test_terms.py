@@ -7,10 +7,9 @@ import pytest
 
 from fedtrain.data.federated import build
 from fedtrain.deployment.terms import accepted, code_of, describe, differences, offer_for
-from fedtrain.errors import PolicyError
+from fedtrain.errors import LinkError, PolicyError
 from fedtrain.experiment.load import identity
 from fedtrain.experiment.sections import Experiment
-from fedtrain.link.headers import LinkError
 
 DATA = {"name": "digits", "clients": 3}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from flwr.app import Message
 
-from fedtrain.errors import InputError
-from fedtrain.link.channel import ConnectionLostError, Link, Partial, Task, connect
+from fedtrain.errors import ConnectionLostError, InputError
+from fedtrain.link.channel import Link, Partial, Task, connect
 from fedtrain.link.control import Hello
 from fedtrain.link.frames import pack
 

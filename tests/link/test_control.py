@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedtrain.errors import LinkError
 from fedtrain.link.control import (
     Ack,
     Beat,
@@ -29,7 +30,6 @@ from fedtrain.link.control import (
     read_submit,
     read_wanted,
 )
-from fedtrain.link.headers import LinkError
 
 HELLO = Hello(version="0.1.0", name="berlin", instance="1f")
 READERS: tuple[Callable[[bytes], object], ...] = (read_client, read_server, read_submit, read_wanted, read_ack)

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtrain import flower
+from fedtrain.errors import LinkError
 from fedtrain.link.frames import CHUNK, Packed, Payload, pack, unpack
-from fedtrain.link.headers import HEADER_LIMIT, LinkError
+from fedtrain.link.headers import HEADER_LIMIT
 from fedtrain.link.spool import load, save
 
 LIMIT = 1 << 26

@@ -1,5 +1,4 @@
 import logging
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,11 +12,10 @@ from flwr.app import Error, Message, RecordDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedtrain import flower
-from fedtrain.errors import InputError, RunError
-from fedtrain.link.channel import ConnectionLostError, Link, RefusedError, Task, connect
+from fedtrain.errors import ConnectionLostError, InputError, LinkError, RefusedError, RunError
+from fedtrain.link.channel import Link, Task, connect
 from fedtrain.link.control import Hello, Offer, SubmitHead, Wanted, encode
 from fedtrain.link.frames import Packed, pack
-from fedtrain.link.headers import LinkError
 from fedtrain.link.hub import Hub
 from fedtrain.link.transport import SERVICE
 
@@ -494,9 +492,9 @@ def test_plain_text_stays_on_this_machine(net: Any) -> None:
 
 
 def test_a_port_that_is_taken_is_an_error(net: Any) -> None:
-    offer = Offer(run="r", experiment_hash="", facts={})
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="cannot listen"):
-        Hub(f"127.0.0.1:{taken.getsockname()[1]}", offer, net.doorman, net.folder)
+    address = net.serve().address
+    with pytest.raises(InputError, match="cannot listen"):
+        Hub(address, Offer(run="r", experiment_hash="", facts={}), net.doorman, net.folder)
 
 
 # What can be seen
