@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -74,6 +77,7 @@ def client(
     check: Annotated[
         bool, typer.Option("--check", help="Try everything that taking part needs, and train nothing.")
     ] = False,
+    parent: Annotated[int | None, typer.Option("--parent", hidden=True)] = None,
     once: Annotated[bool, typer.Option("--once", help="End with the run, instead of waiting for the next.")] = False,
 ) -> None:
     """Take part with your own data in what a server runs. Stays until Ctrl-C."""
@@ -103,6 +107,8 @@ def client(
 
     assert name, "it has one from either"
     owner = Owner(name, data, home or Path(name), share, device, policy, tuple(allow_code or ()), code)
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     dial = Dial(server, credentials, once)
     with _stopping():
         if check:
@@ -120,6 +126,13 @@ def enroll(
     from fedtrain.cli.ca import enroll as redeem
 
     redeem(token, identity)
+
+
+def _end_with(parent: int) -> None:
+    """Do not wait for a server that started this client and was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _check(owner: Owner, dial: Dial) -> None:

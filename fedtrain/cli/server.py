@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -165,7 +166,7 @@ class _LocalClients:
             str(RunFolder(self.places.out).local_clients / name),
             "--once",
         ]
-        command += ["--device", self.experiment.run.device, "--code", str(base)]
+        command += ["--device", self.experiment.run.device, "--code", str(base), "--parent", str(os.getpid())]
         for reference in code_of(self.experiment):
             command += ["--allow-code", reference]
         with (logs / f"{name}.log").open("ab") as log:
