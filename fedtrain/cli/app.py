@@ -214,6 +214,9 @@ def server(
         float | None, typer.Option("--deadline", min=0.1, help="Seconds until a round waits for nobody; no end.")
     ] = None,
     max_clients: Annotated[int, typer.Option("--max-clients", min=1, help="Clients at once.")] = 64,
+    metrics: Annotated[
+        int | None, typer.Option("--metrics", min=0, help="Port on this machine for Prometheus.", show_default=False)
+    ] = None,
     runtime: Annotated[
         _Runtime, typer.Option("--runtime", help="Our own server, or a stock Flower fleet: see docs/deployment.md.")
     ] = _Runtime.own,
@@ -269,6 +272,7 @@ def server(
         patience,
         deadline,
         max_clients,
+        metrics,
         with_clients,
         insecure,
     )

@@ -77,7 +77,7 @@ def client(
     check: Annotated[
         bool, typer.Option("--check", help="Try everything that taking part needs, and train nothing.")
     ] = False,
-    parent: Annotated[int | None, typer.Option("--parent", hidden=True)] = None,
+    parent: Annotated[int | None, typer.Option("--parent", hidden=True, help="End with this process.")] = None,
     once: Annotated[bool, typer.Option("--once", help="End with the run, instead of waiting for the next.")] = False,
 ) -> None:
     """Take part with your own data in what a server runs. Stays until Ctrl-C."""

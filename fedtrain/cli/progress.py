@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -19,11 +19,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fedtrain.cli.members import Comings, member_table
 from fedtrain.experiment.sections import Experiment
 from fedtrain.report.text import show_bytes, show_epsilon
 from fedtrain.report.view import measured
 
 if TYPE_CHECKING:
+    from fedtrain.link.roster import Member
     from fedtrain.records import RoundRecord
 
 __all__ = ["RunObserver", "downloads", "make_observer"]
@@ -49,6 +51,9 @@ class RunObserver:
     def notice(self, text: str) -> None:
         """Something that a person should know."""
         print(f"note: {text}", file=sys.stderr)
+
+    def clients(self, members: Sequence[Member]) -> None:
+        """Who takes part in a deployment, twice a second."""
 
 
 @contextlib.contextmanager
@@ -87,6 +92,9 @@ def downloads() -> Iterator[Callable[[str, int, int], None]]:
 
 
 class _JsonLines(RunObserver):
+    def __init__(self) -> None:
+        self._comings = Comings()
+
     def opening(self, folder: Path) -> None:
         self._emit({"event": "start", "run": str(folder)})
 
@@ -96,19 +104,38 @@ class _JsonLines(RunObserver):
     def notice(self, text: str) -> None:
         self._emit({"event": "notice", "text": text})
 
+    def clients(self, members: Sequence[Member]) -> None:
+        for change in self._comings.changes(members):
+            self._emit(change.event())
+
     def _emit(self, event: dict[str, object]) -> None:
         print(json.dumps(event), flush=True)
 
 
 class _PlainLines(RunObserver):
     def __init__(self, experiment: Experiment) -> None:
-        self._experiment = experiment
+        self._experiment, self._comings = experiment, Comings()
 
     def opening(self, folder: Path) -> None:
         print(f"run {folder}", flush=True)
 
     def round_finished(self, record: RoundRecord) -> None:
         print(_line(record, self._experiment), flush=True)
+
+    def clients(self, members: Sequence[Member]) -> None:
+        for change in self._comings.changes(members):
+            print(change.line(), flush=True)
+
+
+class _ProgressAndClients(Progress):
+    """The live line, and under it the clients of a deployment."""
+
+    members: Sequence[Member] = ()
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.members:
+            yield member_table(self.members, self.console.width, self.console.height)
 
 
 class _Live(RunObserver):
@@ -119,7 +146,7 @@ class _Live(RunObserver):
         self._every = max(1, experiment.rounds // 20)
         self._asked = self._answered = 0
         self._console = Console(highlight=False)
-        self._progress = Progress(
+        self._progress = _ProgressAndClients(
             TextColumn("{task.description}"),
             BarColumn(bar_width=10 if self._console.width < 100 else 24),
             TextColumn("{task.fields[clients]}"),
@@ -162,6 +189,9 @@ class _Live(RunObserver):
 
     def notice(self, text: str) -> None:
         self._console.print(f"note: {text}", markup=False)
+
+    def clients(self, members: Sequence[Member]) -> None:
+        self._progress.members = members
 
     def _show(self, round_number: int) -> None:
         in_flight = f"{self._asked - self._answered}/{self._asked} clients in flight"

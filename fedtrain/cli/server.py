@@ -11,7 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedtrain.cli.members import watching
+from fedtrain.cli.progress import RunObserver
 from fedtrain.cli.running import carry_out
+from fedtrain.deployment.metrics import Metrics
 from fedtrain.deployment.server import Listening, Opened, serve
 from fedtrain.deployment.terms import code_of
 from fedtrain.errors import InputError
@@ -44,6 +47,7 @@ class ServerOptions:
         patience: seconds without progress after which a round does not wait for a client.
         deadline: seconds after which a round waits for nobody.
         max_clients: at once.
+        metrics: port on loopback where Prometheus asks; None for none.
         with_clients: to start on this machine.
         insecure: plain text beyond this machine.
     """
@@ -58,6 +62,7 @@ class ServerOptions:
     patience: float = 60.0
     deadline: float | None = None
     max_clients: int = 64
+    metrics: int | None = None
     with_clients: int = 0
     insecure: bool = False
 
@@ -86,37 +91,40 @@ def serve_experiment(
             credentials = server_credentials(authority, options.hosts, mutual=True)
             door = Door(credentials, Revocations(authority.register).objection, max_clients=options.max_clients)
 
-        @contextlib.contextmanager
-        def opened(to: Opened) -> Iterator[None]:
-            with contextlib.ExitStack() as inside:
-                if authority:
-                    add_renewal(to.hub.server, authority)
-                if authority and options.enrol:
-                    where = inside.enter_context(serving(authority, options.enrol, options.hosts))
-                    to.observer.notice(f"invited sites enrol at {where}")
-                to.observer.notice(f"clients take part at {to.hub.address}{'' if authority else ', in plain text'}")
-                if authority and options.with_clients:
-                    local = _LocalClients(experiment, places, authority, scratch)
-                    inside.enter_context(local.running(to, options.with_clients))
-                yield
+        def run(observer: RunObserver) -> None:
+            metrics = Metrics(observer)
 
-        listening = Listening(
-            options.listen,
-            door,
-            options.min_clients,
-            options.wait,
-            options.own_data,
-            options.patience,
-            options.deadline,
-            opened,
-        )
-        carry_out(
-            experiment,
-            RunFolder(places.out),
-            lambda observer: serve(experiment, places, observer, listening),
-            quiet=quiet,
-            as_json=as_json,
-        )
+            @contextlib.contextmanager
+            def opened(to: Opened) -> Iterator[None]:
+                with contextlib.ExitStack() as inside:
+                    if authority:
+                        add_renewal(to.hub.server, authority)
+                    if authority and options.enrol:
+                        where = inside.enter_context(serving(authority, options.enrol, options.hosts))
+                        observer.notice(f"invited sites enrol at {where}")
+                    observer.notice(f"clients take part at {to.hub.address}{'' if authority else ', in plain text'}")
+                    if options.metrics is not None:
+                        url = inside.enter_context(metrics.serving(to.hub.members, options.metrics))
+                        observer.notice(f"metrics are at {url}")
+                    inside.enter_context(watching(to.hub.members, observer.clients))
+                    if authority and options.with_clients:
+                        local = _LocalClients(experiment, places, authority, scratch)
+                        inside.enter_context(local.running(to, options.with_clients))
+                    yield
+
+            listening = Listening(
+                options.listen,
+                door,
+                options.min_clients,
+                options.wait,
+                options.own_data,
+                options.patience,
+                options.deadline,
+                opened,
+            )
+            serve(experiment, places, metrics, listening)
+
+        carry_out(experiment, RunFolder(places.out), run, quiet=quiet, as_json=as_json)
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,7 @@ class Link:
         self._open: dict[str, Task] = {}
         self._session = ""
         self._status = Status(text="", progress=0)
+        self._chunks = 0  # fetched: progress, too, of which the server sees only what it has sent
         self._closed = threading.Event()
         self._heard = time.monotonic()
         self._moving: set[object] = set()  # transfers: on a slow line, heartbeats queue behind them
@@ -147,7 +148,7 @@ class Link:
         call = self._channel.stream_stream(f"/{SERVICE}/Session")(self._words())
         self._outbox.put(hello)
         threading.Thread(target=self._read, args=(call,), name="fedtrain-link", daemon=True).start()
-        threading.Thread(target=self._beat, args=(call,), name="fedtrain-heartbeat", daemon=True).start()
+        threading.Thread(target=self._beat, name="fedtrain-heartbeat", daemon=True).start()
         self.offer = self._expect(Offer, _PATIENCE * self._heartbeat)
 
     def close(self) -> None:
@@ -182,7 +183,7 @@ class Link:
         """
         before, self._status = self._status, Status(text=shorten(text, 1000), progress=progress)
         if before.text != self._status.text:
-            self._outbox.put(self._status)
+            self._report()
 
     def tasks(self) -> Iterator[Task]:
         """Yield what the server asks, until it says farewell.
@@ -212,11 +213,12 @@ class Link:
         receiver = partial.receiver
         if receiver.received < notice.nbytes:
             wanted = Wanted(session=self._session, task=notice.id, offset=receiver.received)
-            with self._transfer():
+            with self._fetching():
                 call = self._fetch(encode(wanted))
                 try:
                     for chunk in call:
                         receiver.write(chunk)
+                        self._chunks += 1
                 except LinkError:
                     partial.receiver = None
                     raise
@@ -234,8 +236,12 @@ class Link:
             nbytes=packed.nbytes,
             checksum=packed.checksum,
         )
-        with self._transfer():
+        with self._calling():  # meanwhile heartbeats of the server come through
             return read_ack(self._submit(_parts(encode(head), packed)))
+
+    def _report(self) -> None:
+        progress = self._status.progress + self._chunks
+        self._outbox.put(self._status.model_copy(update={"progress": progress}))
 
     def _words(self) -> Iterator[bytes]:
         while (message := self._outbox.get()) is not None:
@@ -262,26 +268,33 @@ class Link:
         finally:
             self._closed.set()
 
-    def _beat(self, call: Any) -> None:
+    def _beat(self) -> None:
         """Give signs of life, and miss those of the server."""
         while not self._closed.wait(self._heartbeat):
-            self._outbox.put(self._status)
+            self._report()
             if not self._moving and time.monotonic() - self._heard > SILENCE * self._heartbeat:
                 self._inbox.put(ConnectionLostError("nothing is heard of the server"))
-                call.cancel()
+                self._channel.close()  # ends every call
 
     @contextlib.contextmanager
-    def _transfer(self) -> Iterator[None]:
-        """Mark that much data is on its way; what breaks it is one of our errors."""
+    def _fetching(self) -> Iterator[None]:
+        """Mark that much data comes, behind which the server's signs of life wait."""
         mark = object()
         self._moving.add(mark)
+        try:
+            with self._calling():
+                yield
+        finally:
+            self._heard = time.monotonic()
+            self._moving.discard(mark)
+
+    @contextlib.contextmanager
+    def _calling(self) -> Iterator[None]:
+        """What breaks a call is one of our errors."""
         try:
             yield
         except grpc.RpcError as error:
             raise _lost(error) from error
-        finally:
-            self._heard = time.monotonic()
-            self._moving.discard(mark)
 
     def _expect(self, kind: type[_M], timeout: float | None) -> _M:
         message = self._next(timeout)
@@ -351,4 +364,4 @@ def _lost(error: grpc.RpcError) -> FedtrainError:
     text = shorten(details(error), 300)
     if isinstance(error, grpc.Call) and error.code() in _TASK_GONE:
         return LinkError("the server has no such task any more", got=text)
-    return ConnectionLostError("the connection to the server is lost", got=text)
+    return ConnectionLostError(f"the connection to the server is lost ({text})")

@@ -19,6 +19,8 @@ HEARTBEAT = 5.0
 SILENCE = 3
 """Heartbeats without a sign of life after which a peer counts as gone."""
 
+_SAID = 120  # characters of what gRPC says of an error
+
 _Options = list[tuple[str, int]]
 
 # The largest messages are those with the experiment, or with an index of arrays.
@@ -58,7 +60,9 @@ def _keepalive(heartbeat: float) -> _Options:
 def details(error: grpc.RpcError) -> str:
     """Say what broke a call; the text may come from the peer."""
     if isinstance(error, grpc.Call):
-        return f"{error.code().name.lower().replace('_', ' ')}: {error.details()}"
+        said = " ".join((error.details() or "").rpartition("last error: ")[2].split())
+        tail = said if len(said) <= _SAID else f"…{said[1 - _SAID :]}"  # the cause comes last
+        return f"{error.code().name.lower().replace('_', ' ')}: {tail}"
     return "the call was ended"
 
 

@@ -1,0 +1,65 @@
+"""Signals and full disks on both sides of a deployment."""
+
+import signal
+from typing import Any
+
+import pytest
+
+LARGE = ("task.name=mlp", "task.options.hidden=[4096]")  # an update of 1.2 MB
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_is_told_to_stop_in_mid_round(deployment: Any, number: signal.Signals) -> None:
+    clients = [*deployment.clients("client-1"), deployment.client("client-1", step_4="hold")]
+    server = deployment.server()
+    clients[2].reaches("step 4")
+    server.signal(number)
+    said = server.ends(130)
+    assert "Run the same command again to resume" in said
+    assert "Traceback" not in said
+    again = deployment.server()
+    clients[2].go_on("step 4")
+    deployment.ends_well(again)
+    for client in clients:
+        assert sum(point.startswith("asked") for point in client.points()) == 3
+        assert "Traceback" not in client.ends(0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_client_is_told_to_stop_in_mid_round(deployment: Any, number: signal.Signals) -> None:
+    server, _ = deployment.server(), deployment.clients("client-1")
+    client = deployment.client("client-1", step_4="hold")
+    client.reaches("step 4")
+    client.signal(number)
+    said = client.ends(130)
+    assert "Run the same command again to take part again" in said
+    assert "Traceback" not in said
+    again = deployment.client("client-1")
+    deployment.ends_well(server)
+    again.ends(0)
+
+
+def test_a_client_is_told_to_stop_while_it_waits(deployment: Any) -> None:
+    client = deployment.client("client-1")
+    client.says("waiting for")
+    client.signal(signal.SIGTERM)
+    assert "Traceback" not in client.ends(130)
+
+
+def test_a_client_whose_disk_is_full(deployment: Any) -> None:
+    server, _ = deployment.server(*LARGE), deployment.clients("client-1")
+    client = deployment.client("client-1", file_size=600_000)
+    said = deployment.ends_well(server, *LARGE)
+    assert "Traceback" not in said
+    said = client.ends(0)
+    assert "round 2: an update cannot be kept" in said
+    assert "Free some space" in said
+    assert not list((deployment.folder / "homes" / "client-1").rglob("*.tmp"))
+
+
+def test_a_server_whose_disk_is_full(deployment: Any) -> None:
+    deployment.clients(flags=())
+    said = deployment.server(*LARGE, file_size=600_000).ends(1)
+    assert "File too large" in said
+    assert "Traceback" not in said
+    deployment.ends_well(deployment.server(*LARGE), *LARGE)
