@@ -42,6 +42,8 @@ def test_help_says_what_the_command_does_and_names_its_options(path: str) -> Non
     assert command.help
     assert "..." not in shown.partition("Commands:")[2], "the first sentence is cut: make it shorter"
     for parameter in command.params:
+        if getattr(parameter, "hidden", False):
+            continue
         assert getattr(parameter, "help", None), parameter.name
         for name in parameter.opts if isinstance(parameter, click.Option) else [parameter.make_metavar(None)]:
             assert name.strip("[]") in shown
