@@ -1,9 +1,13 @@
+import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+import fedtrain.privacy
 from fedtrain.errors import ExperimentError
 from fedtrain.experiment import load
+from fedtrain.experiment.privacy import SamplePrivacy
 
 BASE = '[data]\nname = "digits"\nclients = 100\n[privacy]\nepsilon = 8.0\ndelta = 1e-4\n'
 BY_CLIENT = ('privacy.unit="client"', 'clients.sampling="poisson"')
@@ -70,3 +74,18 @@ def test_what_keeps_the_promise_loads(file: Path, overrides: list[str]) -> None:
 def test_without_privacy_nothing_of_this_is_refused(file: Path) -> None:
     file.write_text(BASE.partition("[privacy]")[0])
     assert load(file, ["data.test=0.2", 'data.scaling="pooled"', "strategy.name=ditto"]).privacy is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("mode", "ew"), ("clipping", "adaptive"), ("accountant", "gdp"), ("secure_mode", True)]
+)
+def test_what_opacus_has_and_does_not_hold_is_not_offered(key: str, value: object) -> None:
+    fields = {"unit": "sample", "epsilon": 1.0, "delta": 1e-5, key: value}
+    with pytest.raises(ValidationError, match=key):
+        SamplePrivacy.model_validate(fields)
+
+
+def test_nothing_of_opacus_that_pickles_or_orchestrates_is_called() -> None:
+    privacy = Path(fedtrain.privacy.__file__).parent
+    text = "".join(path.read_text() for path in privacy.glob("*.py"))
+    assert not re.findall(r"load_checkpoint|PrivacyEngine\(|secure_mode|torch\.load|pickle\.", text)

@@ -22,6 +22,7 @@ from fedtrain.privacy.accounting import Spend, bound_within
 from fedtrain.privacy.book import Book, ledgers
 from fedtrain.server.rounds import Server
 from fedtrain.strategies.central_dp import central_dp
+from fedtrain.training import loop
 
 SAMPLE = """
 seed = 3
@@ -104,6 +105,49 @@ def test_nothing_but_the_update_leaves_a_client(
         assert seen
         assert all(each == (["arrays", "config", "metrics"], {"num-examples": 1}, sorted(told)) for each in seen)
         assert all(r["train"] == {} and r["num_examples"] == 0 and r["clients"] == {} for r in rounds(out))
+
+
+@pytest.mark.parametrize("optimizer", ['{ name = "adam" }', "{ lr = 0.1, momentum = 0.9 }"])
+def test_the_optimisers_state_never_leaves_a_client(
+    file: Path, simulated: Callable, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    seen = []
+    real = wire.update
+
+    def spy(content: RecordDict) -> wire.Update:
+        value = real(content)
+        seen.append({name: tuple(t.shape) for name, t in value.delta.items()})
+        return value
+
+    monkeypatch.setattr(wire, "update", spy)
+    file.write_text(SAMPLE.replace("local_steps = 4", f"local_steps = 4\noptimizer = {optimizer}"))
+    out, _ = simulated(file, "out")
+    model = {name: tuple(t.shape) for name, t in load_file(out / "model.safetensors").items()}
+    assert seen == [model] * 12
+    assert not (out / "clients").exists()  # nor does it outlast the round
+
+
+def test_the_seed_of_dropout_is_as_secret_as_the_noise(
+    file: Path, simulated: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+    real = loop.global_torch_seed
+
+    def spy(seed: int, *names: object) -> object:
+        if names[0] == "dropout":
+            seeds.append(seed)
+        return real(seed, *names)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "global_torch_seed", spy)
+    simulated(file, "first")
+    simulated(file, "second")
+    assert len(set(seeds)) == len(seeds) == 24
+    assert 3 not in seeds  # the experiment's, which the server knows
+    seeds.clear()
+    file.write_text(SAMPLE.replace("delta", "noise_seed = 7\ndelta"))
+    simulated(file, "third")
+    simulated(file, "fourth")
+    assert seeds[:12] == seeds[12:]
 
 
 def test_one_seed_does_not_give_one_noise(file: Path, simulated: Callable) -> None:
