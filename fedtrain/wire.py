@@ -72,11 +72,11 @@ class Measurement:
 def instruction(message: Message) -> Instruction:
     """Read the server's message."""
     content = message.content
-    config = content.config_records[_CONFIG]
-    shared = content.array_records.get(_SHARED)
+    config = _config(content)
+    shared = _arrays(content, _SHARED)
     return Instruction(
         round_number=_integer(config, _ROUND),
-        params=flower.tensors(content.array_records[_ARRAYS]),
+        params=flower.tensors(_needed(_arrays(content, _ARRAYS), content)),
         shared=flower.tensors(shared) if shared is not None else {},
         work=_fraction(config, _WORK) if _WORK in config else 1.0,  # flwr's own servers do not know these two
         kept_round=_integer(config, _KEPT_ROUND) if _KEPT_ROUND in config else 0,
@@ -113,7 +113,7 @@ def update_content(value: Update) -> RecordDict:
         }
     )
     if value.receipt:
-        content.config_records[_CONFIG][_RECEIPT] = value.receipt
+        _config(content)[_RECEIPT] = value.receipt
     if value.extra:
         content[_EXTRA] = flower.array_record(value.extra)
     return content
@@ -135,15 +135,14 @@ def update(content: RecordDict) -> Update:
     if config.get(_ENDED) is True:
         raise ClientEndedError("the client has ended: it takes no further part in this run")
     metrics = _metrics(content)
-    if _ARRAYS not in content.array_records:
-        raise RunError("the update carries no arrays", got=sorted(content))
+    delta, extra = _needed(_arrays(content, _ARRAYS), content), _arrays(content, _EXTRA)
     return Update(
         client_id=_text(config, _CLIENT),
         round_number=_integer(config, _ROUND),
-        delta=flower.tensors(content.array_records[_ARRAYS]),
+        delta=flower.tensors(delta),
         num_examples=_integer(metrics, _EXAMPLES),
         metrics=_numbers(metrics),
-        extra=flower.tensors(content.array_records[_EXTRA]) if _EXTRA in content.array_records else {},
+        extra=flower.tensors(extra) if extra is not None else {},
         receipt=_receipt(config),
     )
 
@@ -206,16 +205,33 @@ def in_order(replies: Iterable[Message], node_ids: Iterable[int]) -> Iterator[Me
             yield early.pop(node)
 
 
+# flwr's `content.array_records` and its like keep a view that points back to the content: a circle, in which each reply
+# would stay in memory until the garbage collector comes by.
+
+
+def _arrays(content: RecordDict, key: str) -> ArrayRecord | None:
+    record = content.get(key)
+    return record if isinstance(record, ArrayRecord) else None
+
+
+def _needed(record: ArrayRecord | None, content: RecordDict) -> ArrayRecord:
+    if record is None:
+        raise RunError("the message carries no arrays", got=sorted(content))
+    return record
+
+
 def _config(content: RecordDict) -> ConfigRecord:
-    if _CONFIG not in content.config_records:
-        raise RunError("the reply carries no config record", got=sorted(content))
-    return content.config_records[_CONFIG]
+    record = content.get(_CONFIG)
+    if not isinstance(record, ConfigRecord):
+        raise RunError("the message carries no config record", got=sorted(content))
+    return record
 
 
 def _metrics(content: RecordDict) -> MetricRecord:
-    if _METRICS not in content.metric_records:
+    record = content.get(_METRICS)
+    if not isinstance(record, MetricRecord):
         raise RunError("the reply carries no metrics record", got=sorted(content))
-    return content.metric_records[_METRICS]
+    return record
 
 
 def _integer(record: ConfigRecord | MetricRecord, key: str) -> int:

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Machines are shared: how long an example takes tells nothing.
+settings.register_profile("fedtrain", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fedtrain")
 
 
 @pytest.fixture

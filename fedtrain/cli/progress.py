@@ -109,7 +109,7 @@ class _JsonLines(RunObserver):
             self._emit(change.event())
 
     def _emit(self, event: dict[str, object]) -> None:
-        print(json.dumps(event), flush=True)
+        print(f"{json.dumps(event)}\n", end="", flush=True)  # in one piece: two threads print
 
 
 class _PlainLines(RunObserver):
@@ -120,11 +120,11 @@ class _PlainLines(RunObserver):
         print(f"run {folder}", flush=True)
 
     def round_finished(self, record: RoundRecord) -> None:
-        print(_line(record, self._experiment), flush=True)
+        print(f"{_line(record, self._experiment)}\n", end="", flush=True)
 
     def clients(self, members: Sequence[Member]) -> None:
         for change in self._comings.changes(members):
-            print(change.line(), flush=True)
+            print(f"{change.line()}\n", end="", flush=True)
 
 
 class _ProgressAndClients(Progress):

@@ -106,10 +106,10 @@ def serve_experiment(
                     if options.metrics is not None:
                         url = inside.enter_context(metrics.serving(to.hub.members, options.metrics))
                         observer.notice(f"metrics are at {url}")
-                    inside.enter_context(watching(to.hub.members, observer.clients))
                     if authority and options.with_clients:
                         local = _LocalClients(experiment, places, authority, scratch)
                         inside.enter_context(local.running(to, options.with_clients))
+                    inside.enter_context(watching(to.hub.members, observer.clients))
                     yield
 
             listening = Listening(

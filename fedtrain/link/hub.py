@@ -140,7 +140,7 @@ class Hub:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close("the server failed" if error else "the run is over", back=error is not None)
+        self.close("the server stops" if error else "the run is over", back=error is not None)
 
     def exchange(
         self,
@@ -233,6 +233,7 @@ class Hub:
         elif guest.certified not in (None, hello.name):
             self._refuse(guest, f"its certificate is not of {hello.name}")
         elif why := self._objection(guest.certificate):
+            self._board.give_up(hello.name, why)  # a round that has asked it does not wait
             self._refuse(guest, why)
         else:
             if older := self._roster.outdated(hello):
