@@ -25,9 +25,9 @@ def before_round_1(_server: Server, _params: object) -> None:
     die()
 
 
-def in_mid_round(_server: Server, round_number: int, replies: Iterable[Message]) -> Iterator[Message]:
+def in_mid_round(_server: Server, seen: Any, replies: Iterable[Message]) -> Iterator[Message]:
     for number, reply in enumerate(replies):
-        if round_number == 3 and number == 1:
+        if seen.number == 3 and number == 1:
             die()
         yield reply
 

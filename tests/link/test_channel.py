@@ -58,9 +58,9 @@ def test_a_server_that_says_nothing_is_given_up(net: Any) -> None:
 
 
 def test_a_half_open_connection_is_noticed_at_both_ends(net: Any) -> None:
-    net.serve(heartbeat=0.2)
+    net.serve(heartbeat=0.5)
     proxy = net.proxy()
-    site = net.join("a", address=proxy.address, heartbeat=0.2)
+    site = net.join("a", address=proxy.address, heartbeat=0.5)
     net.doorman.wait_for(("ready", "a"))
     proxy.stalled.set()
     site.join()

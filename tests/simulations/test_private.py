@@ -2,6 +2,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -329,10 +330,10 @@ def test_own_images_are_not_scaled_by_what_they_hold(file: Path, simulated: Call
 def test_an_account_that_was_taken_away_is_missed(
     text: str, account: str, file: Path, simulated: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop_in_round_2(server: Server, round_number: int, replies: object) -> object:
-        if round_number == 2:
+    def stop_in_round_2(server: Server, seen: Any, replies: object) -> object:
+        if seen.number == 2:
             raise KeyboardInterrupt
-        return counted(server, round_number, replies)
+        return counted(server, seen, replies)
 
     counted = Server._counted
     file.write_text(text)

@@ -40,7 +40,7 @@ def not_finite(): return algorithm(lambda params: {n: t / 0 for n, t in params.i
 def broken(): return algorithm(lambda params: params["missing"])
 def bad_init(): return Algorithm(lambda params: 1 / 0, None)
 def bare(): return FederatedStrategy(lambda params: {}, None)
-def bad_rule(): return FederatedStrategy(algorithm(), print)
+def bad_rule(): return FederatedStrategy(algorithm(), len)
 def state_of(first, later=None):
     return Algorithm(lambda params: first, lambda state, params, updates: (params, first if later is None else later))
 def bad_share(): return algorithm()._replace(share=lambda state: state["missing"])
