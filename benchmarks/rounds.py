@@ -60,13 +60,14 @@ def serve(folder: Path, rounds: int) -> None:
     from flwr.app import ArrayRecord, RecordDict
 
     from fedtrain import flower
+    from fedtrain.deployment.remote import Remote, Waits
     from fedtrain.link.authority import Authority
     from fedtrain.link.control import Offer
     from fedtrain.link.enrolment import server_credentials
-    from fedtrain.link.grid import LinkGrid
     from fedtrain.link.hub import Door, Hub
     from fedtrain.link.identity import adopt, pending_request
     from fedtrain.link.register import Revocations
+    from fedtrain.simulations.grid import SimulationGrid
 
     authority = Authority.init(folder / "ca")
     for name in _NAMES:
@@ -82,7 +83,7 @@ def serve(folder: Path, rounds: int) -> None:
         idle = _memory("VmRSS")
         for size in GOALS:
             count = int(size * 1e6 / _BYTES)
-            grid = LinkGrid(hub, lambda: _NAMES, count * _BYTES + _MARGIN)
+            grid = SimulationGrid(Remote(hub, _NAMES, count * _BYTES + _MARGIN, Waits()), CLIENTS)
             taken = []
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
             model = torch.ones(count)

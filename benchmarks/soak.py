@@ -31,12 +31,13 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedtrain import flower
+from fedtrain.deployment.remote import Remote, Waits
 from fedtrain.errors import FedtrainError
 from fedtrain.link.channel import Task, connect
 from fedtrain.link.control import Hello, Offer
 from fedtrain.link.frames import pack
-from fedtrain.link.grid import LinkGrid
 from fedtrain.link.hub import Door, Hub
+from fedtrain.simulations.grid import SimulationGrid
 
 NUMBERS = 10_000  # 40 kB
 MOST_GROWTH = 0.1  # of the server's memory after a quarter of the rounds
@@ -136,7 +137,7 @@ class Crowd:
             process.kill()
 
 
-def one_round(grid: LinkGrid, names: Sequence[str], number: int) -> list[str]:
+def one_round(grid: SimulationGrid, names: Sequence[str], number: int) -> list[str]:
     """Ask every client once, and say what is wrong with the answers."""
     content = RecordDict({"model": flower.array_record({"w": torch.full((NUMBERS,), float(number))})})
     messages = [grid.create_message(content, "train", node, str(number)) for node in grid.get_node_ids()]
@@ -166,7 +167,7 @@ def soak(options: argparse.Namespace, folder: Path) -> list[str]:
     memory: list[float] = []
     with Hub("127.0.0.1:0", offer, doorman, folder, door) as hub:
         crowd = Crowd(hub.address, names, options.processes, log)
-        grid = LinkGrid(hub, lambda: names, NUMBERS * 4 + (1 << 20), PATIENCE)
+        grid = SimulationGrid(Remote(hub, names, NUMBERS * 4 + (1 << 20), Waits(PATIENCE)), len(names))
         started = time.perf_counter()
         with crowd.suffering(options.kill_every):
             for number in range(1, options.rounds + 1):

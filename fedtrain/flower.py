@@ -14,6 +14,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Error, Message, Metadata, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -22,7 +23,23 @@ from torch import Tensor
 from fedtrain.errors import RunError
 from fedtrain.params import Params
 
-__all__ = ["BaseGrid", "TensorArray", "array_record", "enter_run", "message", "set_message_id", "tensors"]
+__all__ = [
+    "CLIENT_AWAY",
+    "CLIENT_FAILED",
+    "BaseGrid",
+    "TensorArray",
+    "array_record",
+    "enter_run",
+    "message",
+    "set_message_id",
+    "tensors",
+]
+
+CLIENT_FAILED = ErrorCode.UNKNOWN
+"""Code of an error whose reason is a sentence of ours."""
+
+CLIENT_AWAY = ErrorCode.NODE_UNAVAILABLE
+"""Code of an error that stands for a client of which nothing was heard."""
 
 _SERVER_NODE = 1  # flwr's own id for the server end of a grid
 

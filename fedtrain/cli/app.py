@@ -164,17 +164,17 @@ def simulate(
     folder = run_folder(experiment, out)
 
     def run(observer: RunObserver) -> None:
-        from fedtrain.simulations.run import Places, simulate
+        from fedtrain.simulations.run import Backend, Places, simulate
 
-        make = None
+        backend = None
         if engine is _Engine.ray:
             from functools import partial
 
             from fedtrain.simulations.ray import RayEngine, RayResources
 
-            make = partial(RayEngine, RayResources(cpus, gpus, ray))
+            backend = Backend(partial(RayEngine, RayResources(cpus, gpus, ray)))
         base, root = folders(experiment_file, experiment, data_root)
-        simulate(experiment, Places(base, folder.path, root), observer, make)
+        simulate(experiment, Places(base, folder.path, root), observer, backend)
 
     carry_out(experiment, folder, run, quiet=quiet, as_json=as_json)
 
@@ -210,9 +210,6 @@ def server(
     patience: Annotated[
         float, typer.Option("--patience", min=0.1, help="Seconds without progress until a round goes on without.")
     ] = 60.0,
-    deadline: Annotated[
-        float | None, typer.Option("--deadline", min=0.1, help="Seconds until a round waits for nobody; no end.")
-    ] = None,
     max_clients: Annotated[int, typer.Option("--max-clients", min=1, help="Clients at once.")] = 64,
     metrics: Annotated[
         int | None, typer.Option("--metrics", min=0, help="Port on this machine for Prometheus.", show_default=False)
@@ -270,7 +267,6 @@ def server(
         min_clients,
         wait,
         patience,
-        deadline,
         max_clients,
         metrics,
         with_clients,

@@ -45,7 +45,6 @@ class ServerOptions:
         min_clients: before the first round.
         wait: seconds for them.
         patience: seconds without progress after which a round does not wait for a client.
-        deadline: seconds after which a round waits for nobody.
         max_clients: at once.
         metrics: port on loopback where Prometheus asks; None for none.
         with_clients: to start on this machine.
@@ -60,7 +59,6 @@ class ServerOptions:
     min_clients: int | None = None
     wait: float | None = None
     patience: float = 60.0
-    deadline: float | None = None
     max_clients: int = 64
     metrics: int | None = None
     with_clients: int = 0
@@ -119,7 +117,6 @@ def serve_experiment(
                 options.wait,
                 options.own_data,
                 options.patience,
-                options.deadline,
                 opened,
             )
             serve(experiment, places, metrics, listening)

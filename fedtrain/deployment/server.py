@@ -12,9 +12,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from flwr.app import Message
-
 from fedtrain.data.federated import PartitionedData, build
+from fedtrain.deployment.remote import Remote, Waits
 from fedtrain.deployment.roster import RemoteData, Roster, checked_kind, num_examples
 from fedtrain.deployment.terms import describe, differences, offer_for
 from fedtrain.disk import atomic_write
@@ -23,7 +22,7 @@ from fedtrain.experiment.sections import Experiment
 from fedtrain.link.hub import Door, Hub
 from fedtrain.rundir import RunFolder
 from fedtrain.server.rounds import Observer
-from fedtrain.simulations.run import Places, Setup, simulate
+from fedtrain.simulations.run import Backend, Places, Setup, simulate
 
 __all__ = ["Listening", "Opened", "serve"]
 
@@ -50,7 +49,6 @@ class Listening:
         wait: seconds that they have for it; None waits on.
         own_data: clients bring their own rows, and the server has none.
         patience: seconds that a round waits for clients that make no progress.
-        deadline: seconds after which a round waits for nobody; None for no such end.
         opened: what lasts as long as the hub; entered before it answers.
     """
 
@@ -60,7 +58,6 @@ class Listening:
     wait: float | None = None
     own_data: bool = False
     patience: float = 60.0
-    deadline: float | None = None
     opened: Callable[[Opened], AbstractContextManager[object]] = contextlib.nullcontext
 
 
@@ -106,11 +103,12 @@ def serve(experiment: Experiment, places: Places, observer: Observer, listening:
             return data or RemoteData(experiment, roster)
 
         @contextlib.contextmanager
-        def engine(setup: Setup) -> Iterator[_Remote]:
+        def engine(setup: Setup) -> Iterator[Remote]:
             limit = max(2 * setup.capacity, _LEAST_LIMIT)
-            yield _Remote(hub, setup.data.client_ids(), limit, (listening.patience, listening.deadline))
+            waits = Waits(listening.patience, experiment.clients.deadline, setup.flowing)
+            yield Remote(hub, setup.data.client_ids(), limit, waits)
 
-        return simulate(experiment, places, observer, engine, load)
+        return simulate(experiment, places, observer, Backend(engine, load, live=True))
 
 
 class _Attendance:
@@ -183,26 +181,3 @@ class _Attendance:
             if not self._names:
                 self._roster.kind, self._roster.sizes = self._kind, dict(sorted(self._sizes.items()))
                 self._names = tuple(self._roster.sizes)
-
-
-class _Remote:
-    """The engine whose clients are elsewhere.
-
-    A client that did not answer in a round, and is not there, is not waited for until it comes back.
-    """
-
-    def __init__(self, hub: Hub, names: Sequence[str], limit: int, waits: tuple[float, float | None]) -> None:
-        self._hub, self._names, self._limit, self._waits = hub, names, limit, waits
-        self._gone: set[str] = set()
-
-    def run(self, messages: Sequence[Message]) -> Iterator[Message]:
-        here = {member.name for member in self._hub.members() if member.connected}
-        self._gone -= here
-        asked = {message.metadata.message_id: self._names[message.metadata.dst_node_id - 1] for message in messages}
-        tasks = [(asked[m.metadata.message_id], m) for m in messages if asked[m.metadata.message_id] not in self._gone]
-        silent = {name for name, _ in tasks}
-        for reply in self._hub.exchange(tasks, self._limit, *self._waits):
-            if reply.has_content():  # an error may be of the hub's, about one who is not let in any more
-                silent.discard(asked[reply.metadata.reply_to_message_id])
-            yield reply
-        self._gone |= silent

@@ -61,6 +61,7 @@ class Client:
         self._partial = Partial()
         self._assembled: tuple[Offer, Assembly] | None = None
         self._link: Link | None = None
+        self._task: Task | None = None
         self._text, self._steps, self._told = "", 0, 0.0
         self._pause = threading.Event()
         flower.enter_run(1)
@@ -130,6 +131,7 @@ class Client:
 
     def _work(self, task: Task, assembly: Assembly) -> None:
         """Answer one task: by the update that is on disk already, or by a new one that goes there first."""
+        self._task = task
         what = "trains" if task.kind == MessageType.TRAIN else "measures"
         self._tell(f"round {shorten(task.group)}: {what}")
         try:
@@ -165,8 +167,10 @@ class Client:
         return packed
 
     def _stepped(self) -> None:
-        """A step of training is done: let the server be patient."""
+        """A step of training is done: let the server be patient, unless it has gone on without this client."""
         self._steps += 1
+        if self._task and self._task.overtaken:
+            raise RunError("the server has gone on to a later round")
         now = time.monotonic()
         if now - self._told >= _TELL and self._link:
             self._told = now

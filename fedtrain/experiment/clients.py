@@ -68,16 +68,16 @@ class ClientsSection(Section):
     """Ask only clients whose tags have these values."""
 
     over_selection: float = Field(default=1.0, ge=1, le=10)
-    """Ask this many times per_round clients, and use the first per_round to finish; needs `duration`."""
+    """Ask this many times per_round clients, and use the first per_round to finish; a simulation needs `duration`."""
 
     deadline: float | None = Field(default=None, gt=0, examples=[60.0])
-    """Seconds after which a round waits for no client; needs `duration`."""
+    """Seconds after which a round waits for no client; a simulation needs `duration`."""
 
     late: Literal["drop", "partial"] = "drop"
     """At the deadline, slower clients are dropped, or send what they have done until then."""
 
     duration: DurationSection | None = None
-    """How long clients train, on the virtual clock of a simulation."""
+    """How long clients train, on the virtual clock of a simulation; a server's clients take their own time."""
 
     quorum: float = Field(default=0.5, ge=0, le=1)
     """Least fraction of the clients wanted whose update must pass; below it the run stops, resumable."""
@@ -96,10 +96,6 @@ class ClientsSection(Section):
             raise ValueError("over_selection needs per_round: all clients are asked already")
         if self.over_selection > 1 and self.sampling == "poisson":
             raise ValueError('over_selection contradicts sampling = "poisson", in which no client replaces another')
-        if self.over_selection > 1 and self.duration is None:
-            raise ValueError("over_selection needs duration: how long clients take")
-        if self.deadline is not None and self.duration is None:
-            raise ValueError("deadline needs duration: how long clients take")
         if self.late == "partial" and self.deadline is None:
             raise ValueError('late = "partial" needs deadline')
         return self

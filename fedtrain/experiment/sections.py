@@ -352,8 +352,6 @@ class Experiment(Section):
                 "lower strategy.byzantine, or ask more clients"
             )
         if isinstance(strategy, FedBuffStrategy):
-            if self.clients.duration is None:
-                raise ValueError('strategy.name = "fedbuff" needs clients.duration: how long clients take')
             if self.clients.per_round is not None:
                 raise ValueError(
                     'strategy.name = "fedbuff" draws clients by its max_in_flight: leave out clients.per_round'

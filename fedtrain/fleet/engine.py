@@ -18,7 +18,6 @@ __all__ = ["FleetEngine", "plain"]
 
 _POLL = 0.5  # seconds between two looks for replies, of which flwr's Grid tells nobody
 _QUERY_SECONDS = 60.0  # for a SuperNode to start our ClientApp once
-_UNKNOWN = 0  # flwr's ErrorCode.UNKNOWN: our reasons are sentences
 
 
 def plain(content: RecordDict, known: dict[int, ArrayRecord] | None = None) -> RecordDict:
@@ -82,7 +81,7 @@ class FleetEngine:
         for message in messages:
             node = self._nodes.get(self._client_ids[message.metadata.dst_node_id - 1])
             if node is None:
-                yield _reply(Error(_UNKNOWN, "no SuperNode of the fleet serves this client"), message)
+                yield _reply(Error(flower.CLIENT_FAILED, "no SuperNode of the fleet serves this client"), message)
             else:
                 asked.append(message)
                 sent.append(self._addressed(plain(message.content, known), node, message.metadata))

@@ -13,7 +13,7 @@ from fedtrain.errors import FedtrainError
 from fedtrain.fleet.engine import FleetEngine
 from fedtrain.fleet.events import EventWriter
 from fedtrain.fleet.settings import RunSettings
-from fedtrain.simulations.run import Places, Setup, simulate
+from fedtrain.simulations.run import Backend, Places, Setup, simulate
 
 __all__ = ["app", "serve"]
 
@@ -33,7 +33,7 @@ def serve(grid: Grid, context: Context) -> None:
         settings = RunSettings.of(context.run_config)
         root = None if settings.data_root is None else Path(settings.data_root)
         places = Places(Path(settings.base), Path(settings.out), root)
-        simulate(settings.read_experiment(), places, events, engine=engine)
+        simulate(settings.read_experiment(), places, events, Backend(engine))
     except FedtrainError as error:
         events.failed(error)
         raise

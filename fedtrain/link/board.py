@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import secrets
 import threading
@@ -13,16 +14,17 @@ from dataclasses import dataclass, field
 from flwr.app import Error, Message
 
 from fedtrain.errors import FedtrainError
-from fedtrain.flower import set_message_id
+from fedtrain.flower import CLIENT_AWAY, CLIENT_FAILED, set_message_id
 from fedtrain.link.control import Ack
 from fedtrain.link.frames import Packed, Payload, pack
 from fedtrain.link.headers import Content
 
 __all__ = ["Batch", "Board", "OpenTask"]
 
+_LOOK = 1.0  # seconds between two looks at who makes progress
 _REMEMBERED = 10_000  # closed tasks, so that what comes late is told from what never was
+_LATE = Ack(verdict="late", reason="the answer is not wanted any more")
 _STRIKES = 3  # refused answers after which a client has failed the task
-_FAILED = 0  # flwr's ErrorCode.UNKNOWN: our reasons are sentences
 
 
 @dataclass(eq=False)
@@ -57,20 +59,21 @@ class Board:
         self._closed: OrderedDict[str, tuple[str, Ack]] = OrderedDict()
         self.late = 0
 
-    def open(self, tasks: Sequence[tuple[str, Message]], limit: int) -> Batch:
+    def open(self, tasks: Sequence[tuple[str, Message]], limit: int, batch: Batch) -> list[OpenTask]:
         """Open one task per message; messages that share their arrays share one payload."""
         known: dict[tuple[int, ...], Payload] = {}
         prepared = [(name, message, pack(message.content, known)) for name, message in tasks]
         for payload in known.values():
             _ = payload.checksum  # now, and not while other threads wait for the lock
-        batch = Batch()
+        opened = []
         with self._lock:
             for name, message, packed in prepared:
                 self._count += 1
                 task = OpenTask(f"{self._prefix}-{self._count}", name, message, packed, limit, batch.replies)
                 self._open[task.id] = task
-                batch.tasks.append(task)
-        return batch
+                opened.append(task)
+        batch.tasks += opened
+        return opened
 
     def of(self, name: str) -> list[OpenTask]:
         """A client's open tasks."""
@@ -97,21 +100,19 @@ class Board:
 
     def answer(self, task: OpenTask, content: Content) -> Ack:
         """Take the first answer to a task."""
-        reply = Message(content, reply_to=task.message)
-        set_message_id(reply, f"reply-{task.message.metadata.message_id}")
-        return self._close(task, Ack(verdict="already"), reply) or Ack(verdict="accepted")
+        return self._close(task, Ack(verdict="already"), _reply(task, content)) or Ack(verdict="accepted")
 
     def refuse(self, task: OpenTask, reason: str) -> Ack:
         """Note an answer that cannot be taken; a client that sends only such has failed the task."""
         task.refused += 1
         if task.refused >= _STRIKES:
-            self.answer(task, Error(_FAILED, f"its answers were refused: {reason}"))
+            self.answer(task, Error(CLIENT_FAILED, f"its answers were refused: {reason}"))
         return Ack(verdict="refused", reason=reason)
 
     def give_up(self, name: str, reason: str) -> None:
         """Answer for a client that will not."""
         for task in self.of(name):
-            self.answer(task, Error(_FAILED, reason))
+            self.answer(task, Error(CLIENT_FAILED, reason))
 
     def fail(self, error: FedtrainError) -> None:
         """End every exchange with an error."""
@@ -120,8 +121,11 @@ class Board:
 
     def withdraw(self, tasks: Sequence[OpenTask]) -> list[OpenTask]:
         """Close those that are still open, and return them."""
-        late = Ack(verdict="late", reason="the answer is not wanted any more")
-        return [task for task in tasks if not self._close(task, late)]
+        return [task for task in tasks if not self._close(task, _LATE)]
+
+    def miss(self, tasks: Sequence[OpenTask], reason: str) -> list[OpenTask]:
+        """Close those that are still open with an error for whoever asked, and return them."""
+        return [task for task in tasks if not self._close(task, _LATE, _reply(task, Error(CLIENT_AWAY, reason)))]
 
     def _close(self, task: OpenTask, ack: Ack, reply: Message | None = None) -> Ack | None:
         """Close a task, with its reply if there is one, or tell how it was closed before."""
@@ -130,9 +134,9 @@ class Board:
                 closed = self._closed.get(task.id, ("", ack))[1]
                 self.late += closed.verdict == "late" and reply is not None
                 return closed
-            task.open = False
             if reply:
-                task.replies.put(reply)
+                task.replies.put(reply)  # before it counts as closed: a batch ends when it has neither
+            task.open = False
             del self._open[task.id]
             self._closed[task.id] = task.name, ack
             if len(self._closed) > _REMEMBERED:
@@ -140,8 +144,14 @@ class Board:
         return None
 
 
+def _reply(task: OpenTask, content: Content) -> Message:
+    reply = Message(content, reply_to=task.message)
+    set_message_id(reply, f"reply-{task.message.metadata.message_id}")
+    return reply
+
+
 class Batch:
-    """The tasks of one exchange."""
+    """Tasks whose replies are read together: those of one exchange, or of many that overlap."""
 
     def __init__(self) -> None:
         self.tasks: list[OpenTask] = []
@@ -176,6 +186,32 @@ class Batch:
             if isinstance(reply, FedtrainError):
                 raise reply
             left -= 1
+            yield reply
+
+    def flow(self, patience: float | None, miss: Callable[[Sequence[OpenTask]], object]) -> Iterator[Message]:
+        """Yield replies as they come, while any task is open; further ones may be opened meanwhile.
+
+        Args:
+            patience: seconds without progress of a client, after which it is given up; None waits on.
+            miss: closes tasks, with an error as their reply.
+
+        Raises:
+            FedtrainError: what ended the exchange: see `Board.fail`.
+        """
+        while True:
+            self.tasks = [task for task in self.tasks if task.open]
+            if not self.tasks and self.replies.empty():
+                return
+            longest = math.inf if patience is None else patience
+            first = min((task.moved for task in self.tasks), default=0.0)
+            try:
+                reply = self.replies.get(timeout=min(_LOOK, max(0.0, first + longest - time.monotonic())))
+            except queue.Empty:
+                now = time.monotonic()
+                miss([task for task in self.tasks if task.moved + longest <= now])
+                continue
+            if isinstance(reply, FedtrainError):
+                raise reply
             yield reply
 
     def _seconds_left(self, started: float, patience: float | None, deadline: float | None) -> float | None:

@@ -70,6 +70,11 @@ class Task:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
+    def overtaken(self) -> bool:
+        """Whether the answer is not wanted any more, and another one is."""
+        return self.cancelled.is_set() and self.link.wants_another(self)
+
+    @property
     def id(self) -> str:
         """The server's name for it; the same if it is announced again."""
         return self.notice.id
@@ -204,6 +209,10 @@ class Link:
                     return
                 case other:
                     raise LinkError("a message came out of turn", got=other.type)
+
+    def wants_another(self, task: Task) -> bool:
+        """Whether the server has asked something else, and waits for it."""
+        return any(other is not task and not other.cancelled.is_set() for other in list(self._open.values()))
 
     def fetch(self, notice: TaskNotice, limit: int) -> Content:
         """See `Task.fetch`."""

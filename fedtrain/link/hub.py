@@ -17,7 +17,7 @@ from flwr.app import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedtrain.errors import FedtrainError, InputError, LinkError, RunError, shorten
-from fedtrain.link.board import Board, OpenTask
+from fedtrain.link.board import Batch, Board, OpenTask
 from fedtrain.link.control import (
     PROTOCOL,
     Cancel,
@@ -162,13 +162,35 @@ class Hub:
         """
         if self._closing.is_set():
             raise RunError("the server is closed")
-        batch = self._board.open(tasks, limit)
-        for task in batch.tasks:
+        batch = Batch()
+        for task in self._board.open(tasks, limit, batch):
             self._announce(task)
         try:
             yield from batch.collect(patience, deadline, lambda: self._withdraw(batch.tasks))
         finally:
             self._withdraw(batch.tasks)
+
+    def flow(
+        self, tasks: Sequence[tuple[str, Message]], limit: int, patience: float | None, batch: Batch
+    ) -> Iterator[Message]:
+        """Ask clients and yield replies as they come, also to what was asked before with the same batch.
+
+        Who stops reading leaves the others at work: their replies come with a later call.
+
+        Args:
+            tasks: client's name and message, as for `exchange`.
+            limit: most bytes of a reply's payload.
+            patience: seconds without progress of a client, after which its reply is an error: `flower.CLIENT_AWAY`.
+            batch: holds what is under way.
+
+        Raises:
+            RunError: the server is closed, or cannot store replies.
+        """
+        if self._closing.is_set():
+            raise RunError("the server is closed")
+        for task in self._board.open(tasks, limit, batch):
+            self._announce(task)
+        yield from batch.flow(patience, lambda overdue: self._miss(overdue, patience))
 
     def members(self) -> list[Member]:
         """All clients that were ever here."""
@@ -285,7 +307,13 @@ class Hub:
             guest.send(notice)
 
     def _withdraw(self, tasks: Sequence[OpenTask]) -> None:
-        for task in self._board.withdraw(tasks):
+        self._cancel(self._board.withdraw(tasks))
+
+    def _miss(self, tasks: Sequence[OpenTask], patience: float | None) -> None:
+        self._cancel(self._board.miss(tasks, f"no progress for {patience:g} seconds"))
+
+    def _cancel(self, tasks: Sequence[OpenTask]) -> None:
+        for task in tasks:
             with self._roster.lock:
                 guest = self._roster.present(task.name)
                 if guest and task.told is guest:

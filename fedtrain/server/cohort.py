@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtrain.errors import InputError
 from fedtrain.experiment.privacy import ClientPrivacy
 from fedtrain.experiment.sections import Experiment
 from fedtrain.params import Params
 from fedtrain.privacy.rng import NoiseSource
 from fedtrain.server.gate import Gate
+from fedtrain.server.live import Live, LiveBuffer
 from fedtrain.server.schedule import Buffered, InStep, Schedule, Turn
 from fedtrain.server.selection import Crowd, fixed_sample
 from fedtrain.strategies.adapter import RoundStrategy
@@ -30,19 +30,22 @@ class Cohort:
         experiment: who takes part, when, and what the gate lets through.
         sizes: `(clients,)` training examples; 0 for those that are not to be asked.
         asynchrony: of the strategy; None for rounds.
-
-    Raises:
-        InputError: clients have no durations, and the strategy is asynchronous.
+        live: clients take their own time, and not that of `clients.duration`.
     """
 
-    def __init__(self, experiment: Experiment, sizes: npt.NDArray[np.int64], asynchrony: Asynchrony | None) -> None:
-        self._experiment, self._asynchrony = experiment, asynchrony
+    def __init__(
+        self,
+        experiment: Experiment,
+        sizes: npt.NDArray[np.int64],
+        asynchrony: Asynchrony | None,
+        *,
+        live: bool = False,
+    ) -> None:
+        self._experiment, self._asynchrony, self._live = experiment, asynchrony, live
         self._crowd = Crowd(experiment.clients, experiment.seed, sizes)
         privacy = experiment.privacy
         if isinstance(privacy, ClientPrivacy) and privacy.noise_seed is None:
             self._crowd.coins = NoiseSource()  # its epsilon counts on nobody knowing who took part
-        if asynchrony and experiment.clients.duration is None:
-            raise InputError("an asynchronous strategy needs clients.duration: how long clients take")
         # A measurement on a client's own examples would leave it without noise.
         most = experiment.evaluation.max_clients if experiment.data.test and not privacy else 0
         present = np.flatnonzero(sizes > 0)
@@ -74,9 +77,13 @@ class Cohort:
         updates = [Update(**update) for update in memory.get("pending", {}).values()]
         places = [tuple(map(int, place.split(":"))) for place in memory.get("pending", {})]
         self._pending = {(client, start): update for (client, start), update in zip(places, updates, strict=True)}
-        self._schedule: Schedule = InStep(self._crowd)
+        self._schedule = self._plan(memory.get("schedule", {}))
+
+    def _plan(self, memory: Mapping[str, Any]) -> Schedule:
         if self._asynchrony:
-            self._schedule = Buffered(self._crowd, self._asynchrony, memory.get("schedule", {}))
+            kind = LiveBuffer if self._live else Buffered
+            return kind(self._crowd, self._asynchrony, memory)
+        return Live(self._crowd, memory) if self._live else InStep(self._crowd)
 
     def memory(self) -> dict[str, Any]:
         """What a resumed run needs to go on alike."""
@@ -94,6 +101,18 @@ class Cohort:
         """Plan the next round."""
         return self._schedule.turn(round_number)
 
+    def start(self, round_number: int) -> Sequence[int]:
+        """Whom to ask next where clients start at any time."""
+        return self._schedule.start(round_number)
+
+    def under_way(self) -> Mapping[int, int]:
+        """Client -> the round in which it started, where clients start at any time."""
+        return self._schedule.under_way()
+
+    def answered(self, turn: Turn, client: int, seconds: float) -> None:
+        """Note that a client has answered, so many seconds after the round began."""
+        self._schedule.answered(turn, client, seconds)
+
     def used(self, turn: Turn, arrived: Iterable[tuple[int, Update]]) -> Iterator[Update]:
         """Yield the updates that the round takes; hold those back that are still on their way by the virtual clock.
 
@@ -101,7 +120,7 @@ class Cohort:
             turn: the round's plan.
             arrived: (position of the client, its update) of those that were asked in this round.
         """
-        if self._asynchrony:
+        if self._asynchrony and not self._live:
             self._pending |= {(client, update.round_number): update for client, update in arrived}
             arrived = ((place[0], self._pending.pop(place)) for place in turn.use if place in self._pending)
         for client, update in arrived:
@@ -111,6 +130,8 @@ class Cohort:
 
     def close(self, turn: Turn, silent: Iterable[int]) -> None:
         """End a round: who has not answered is as likely to be chosen by loss as the middle of the others."""
+        silent = list(silent)
+        self._schedule.missed(turn, silent)
         if self._crowd.section.sampling == "power-of-choice":
             known = float(np.median([*self._crowd.losses.values()] or [0.0]))
             for client in (*turn.late, *silent):

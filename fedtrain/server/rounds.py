@@ -63,6 +63,9 @@ class _Round:
     number: int
     names: dict[int, str]  # node id -> client, in client order
     late: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
+    started: dict[int, int] = field(default_factory=dict)  # node id -> round, for those that began in an earlier one
+    came: int = 0  # answers that are no errors
     replied: set[int] = field(default_factory=set)
     participants: list[str] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)
@@ -188,18 +191,24 @@ class Server:
         seen = _Round(round_number, {node: self.client_name(node) for node in asked}, list(map(self.client_name, late)))
         work = {node: turn.work[client] for node, client in nodes.items() if client in turn.work}
         messages = self._instructions(MessageType.TRAIN, params, seen, [*asked, *late], work)[: len(asked)]
-        self.observer.round_started(round_number, len(messages))
-        replies = wire.in_order(self._counted(seen, self.grid.send_and_receive(messages)), asked)
+        declined = len(nodes) - len(asked)
+        self.observer.round_started(round_number, turn.enough or len(messages))
+        if turn.flowing:
+            replies = self._flowing(turn, params, seen, nodes)
+        else:
+            answers = self._counted(turn, seen, nodes, self.grid.send_and_receive(messages))
+            replies = wire.in_order(answers, asked)
         arrived = ((nodes[node], update) for node, update in self._valid(replies, seen))
         updates = self._noted(self.cohort.used(turn, arrived), seen)
         new = self.strategy.aggregate(round_number, params, updates)
         read = len(seen.losses)
         if left := sum(1 for _ in updates):  # clients must have ended before the model is written over
             raise RunError("the strategy must read all updates of a round", got=f"{read} of {read + left}")
-        seen.note_silence()
+        if not turn.flowing:
+            seen.note_silence()
         self.cohort.close(turn, seen.silent(nodes))
         self._set_aside(nodes, seen)
-        self._check_quorum(turn.wanted - (len(nodes) - len(asked)) - len(seen.ended), seen)
+        self._check_quorum(turn.wanted - declined - len(seen.ended), seen)
         trained = time.perf_counter()
         section = self.experiment.evaluation
         central = self.evaluate(new) if self._due(round_number, section.central_every) else {}
@@ -256,10 +265,32 @@ class Server:
             messages.append(Message(content, node, kind, group_id=str(seen.number)))
         return messages
 
-    def _counted(self, seen: _Round, replies: Iterable[Message]) -> Iterator[Message]:
+    def _counted(
+        self, turn: Turn, seen: _Round, nodes: Mapping[int, int], replies: Iterable[Message]
+    ) -> Iterator[Message]:
+        """Yield replies as they come, until there are enough."""
         for reply in replies:
-            seen.replied.add(reply.metadata.src_node_id)
+            node = reply.metadata.src_node_id
+            seen.replied.add(node)
+            if node in nodes:
+                self.cohort.answered(turn, nodes[node], time.perf_counter() - seen.began)
             self.observer.client_finished(seen.number)
+            seen.came += reply.has_content()
+            yield reply
+            if seen.came == turn.enough:
+                return
+
+    def _flowing(self, turn: Turn, params: Params, seen: _Round, nodes: dict[int, int]) -> Iterator[Message]:
+        """Yield replies as they come, whatever round they started in; who has answered makes room for another."""
+        while seen.came != turn.enough:
+            new = self._nodes(self.cohort.start(seen.number))
+            under_way = self.cohort.under_way()
+            for node, client in self._nodes(list(under_way)).items():
+                nodes[node], seen.names[node], seen.started[node] = client, self.client_name(node), under_way[client]
+            messages = self._instructions(MessageType.TRAIN, params, seen, new, {})
+            reply = next(self._counted(turn, seen, nodes, self.grid.send_and_receive(messages)), None)
+            if reply is None:
+                return
             yield reply
 
     def _valid(self, replies: Iterable[Message], seen: _Round) -> Iterator[tuple[int, wire.Update]]:
@@ -267,6 +298,9 @@ class Server:
         for reply in replies:
             node = reply.metadata.src_node_id
             client_id = seen.names[node]
+            if reply.has_error() and reply.error.code == flower.CLIENT_AWAY:
+                seen.late.append(client_id)
+                continue
             if reply.has_error():
                 seen.quarantined[client_id] = shorten(reply.error.reason, 300)
                 continue
@@ -279,7 +313,7 @@ class Server:
             except FedtrainError as error:
                 seen.quarantined[client_id] = self.cohort.gate.refuse(client_id, error)
                 continue
-            if why := self.cohort.gate.objection(update, client_id, seen.number):
+            if why := self.cohort.gate.objection(update, client_id, seen.started.get(node, seen.number)):
                 seen.quarantined[client_id] = why
             else:
                 if update.receipt:

@@ -1,12 +1,12 @@
 """When clients train and whose update a round takes: in step with the slowest, by a deadline, or never waiting.
 
-Durations lie on a virtual clock, so nobody really waits; what is decided depends on (seed, round, client) alone.
+Durations here lie on a virtual clock, so nobody really waits; what is decided depends on (seed, round, client) alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +29,8 @@ class Turn:
         work: share of the local steps, for those that have not time for all.
         late: who was asked, but is not waited for.
         seconds: the round's length on the virtual clock; 0 without one.
+        enough: answers after which nobody else is waited for; None waits for all.
+        flowing: clients start and answer at any time, also from round to round.
     """
 
     ask: Sequence[int]
@@ -37,6 +39,8 @@ class Turn:
     work: Mapping[int, float] = field(default_factory=dict)
     late: Sequence[int] = ()
     seconds: float = 0.0
+    enough: int | None = None
+    flowing: bool = False
 
 
 class Schedule(Protocol):
@@ -47,6 +51,22 @@ class Schedule(Protocol):
 
     def memory(self) -> dict[str, Any]:
         """What a resumed run needs to go on alike; numbers only."""
+
+    def start(self, round_number: int) -> Sequence[int]:
+        """Whom to ask now, where clients start at any time."""
+        return ()
+
+    def under_way(self) -> Mapping[int, int]:
+        """Client -> the round in which it started, where clients start at any time."""
+        return {}
+
+    def answered(self, turn: Turn, client: int, seconds: float) -> None:
+        """Learn that a client answered, so many seconds after the round began."""
+        return
+
+    def missed(self, turn: Turn, clients: Iterable[int]) -> None:
+        """Learn who had sent nothing of use when the round ended."""
+        return
 
 
 def duration(section: DurationSection, seed: int, client: int, start: int) -> float:
@@ -68,7 +88,7 @@ def duration(section: DurationSection, seed: int, client: int, start: int) -> fl
     return section.seconds / part
 
 
-class InStep:
+class InStep(Schedule):
     """A round ends with the last of its clients, with the first `per_round` of them, or at the deadline.
 
     Args:
@@ -98,7 +118,7 @@ class InStep:
         return {}
 
 
-class Buffered:
+class Buffered(Schedule):
     """Clients train on whatever model is the newest when they start; a full buffer of updates makes a round.
 
     Args:

@@ -11,12 +11,10 @@ from flwr.clientapp import ClientApp
 
 from fedtrain.client.app import CLIENT_ID
 from fedtrain.errors import FedtrainError
-from fedtrain.flower import BaseGrid, set_message_id
+from fedtrain.flower import CLIENT_FAILED, BaseGrid, set_message_id
 from fedtrain.importing import blame
 
 __all__ = ["Engine", "InProcess", "SimulationGrid", "answer"]
-
-_CLIENT_ERROR = 0  # flwr's ErrorCode.UNKNOWN: our reasons are sentences
 
 
 class Engine(Protocol):
@@ -33,7 +31,7 @@ def answer(app: ClientApp, message: Message, client_id: str) -> Message:
     try:
         reply = app(message, context)
     except Exception as error:  # one bad client is one line in the report
-        reply = Message(Error(_CLIENT_ERROR, _reason(error)), reply_to=message)
+        reply = Message(Error(CLIENT_FAILED, _reason(error)), reply_to=message)
     set_message_id(reply, f"reply-{message.metadata.message_id}")
     return reply
 

@@ -88,7 +88,7 @@ class RayEngine:
             import ray
         except ImportError as error:
             raise MissingExtraError("ray", "ray", "--engine ray") from error
-        experiment, data, site, _ = setup
+        experiment, data, site = setup[:3]
         if site.device.type != "cpu" and not resources.num_gpus:
             raise InputError(
                 "under Ray a client sees no GPU that it was not given",

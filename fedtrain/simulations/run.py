@@ -50,7 +50,7 @@ from fedtrain.training.device import find_device
 from fedtrain.training.evaluation import evaluate
 from fedtrain.training.loop import build_model, is_private
 
-__all__ = ["EngineFactory", "Places", "Setup", "sigterm_interrupts", "simulate"]
+__all__ = ["Backend", "EngineFactory", "Places", "Setup", "sigterm_interrupts", "simulate"]
 
 
 class Setup(NamedTuple):
@@ -60,10 +60,26 @@ class Setup(NamedTuple):
     data: FederatedData
     site: Site
     capacity: int  # bytes of the tensors of one message, in either direction
+    flowing: bool  # clients start at any time, and not in step with the rounds
 
 
 EngineFactory = Callable[[Setup], AbstractContextManager[Engine]]
 """Makes a run's engine, which is left when the run ends."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a run's clients are, if not in processes of this run.
+
+    Attributes:
+        engine: runs the clients.
+        load: gives the clients' data, or what is known of them; the experiment's [data] is read unless given.
+        live: clients take their own time, and not that of `clients.duration`.
+    """
+
+    engine: EngineFactory
+    load: Callable[[], PartitionedData] | None = None
+    live: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,8 +101,7 @@ def simulate(
     experiment: Experiment,
     places: Places,
     observer: Observer,
-    engine: EngineFactory | None = None,
-    load: Callable[[], PartitionedData] | None = None,
+    backend: Backend | None = None,
 ) -> RunFolder:
     """Run an experiment, or go on with it where it was stopped.
 
@@ -94,8 +109,7 @@ def simulate(
         experiment: what to run.
         places: where to read and write.
         observer: is told what happens.
-        engine: runs the clients; this machine's processes unless given.
-        load: gives the clients' data, or what is known of them; the experiment's [data] is read unless given.
+        backend: where the clients are; in this machine's processes unless given.
 
     Returns:
         The folder of the complete run.
@@ -115,18 +129,20 @@ def simulate(
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(experiment.run.threads)
             device = find_device(experiment.run.device)
-            count = 0 if engine else _worker_count(experiment, device)
-            if engine is None:
-                engine = _in_process
+            count = 0 if backend else _worker_count(experiment, device)
+            backend = backend or Backend(_in_process)
             if count:
                 pool = WorkerPool(count, experiment.run.threads)
                 stack.callback(pool.close)
-                engine = partial(_workers, pool)
-            data = load() if load else build(experiment.data, places.data_root, places.base, experiment.seed)
+                backend = Backend(partial(_workers, pool))
+            load = backend.load or partial(build, experiment.data, places.data_root, places.base, experiment.seed)
+            data = load()
             task = make_task(experiment.task, data.spec, places.base)
             _try_task(task, data)
             sizes = np.where(eligible(experiment.clients, places.base, data.client_ids()), data.sizes(), 0)
             strategy = make_strategy(experiment, int(np.count_nonzero(sizes)), places.base)
+            flowing = isinstance(strategy, FederatedStrategy) and strategy.asynchrony is not None
+            _check_times(experiment, backend, flowing=flowing)
             protects = protection(experiment, (places.base, folder), data, sizes, task)
             _check_noise_fits(experiment, strategy)
             stack.enter_context(folder.locked())
@@ -134,7 +150,7 @@ def simulate(
             simulation = _Simulation(
                 experiment, places, observer, folder, data, sizes, task, strategy, device, protects
             )
-            simulation.run(engine, count)
+            simulation.run(backend, count)
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 "interrupted; what was finished is kept", hint="Run the same command again to go on"
@@ -157,7 +173,7 @@ class _Simulation:
     device: torch.device
     protection: Protection | None
 
-    def run(self, engine: EngineFactory, workers: int) -> None:
+    def run(self, backend: Backend, workers: int) -> None:
         model = build_model(self.task, self.experiment.seed)
         private = tuple(self.experiment.personalization.private)
         travelling = params.exchanged(model)
@@ -167,7 +183,7 @@ class _Simulation:
         try:
             buffers = dict(model.named_buffers()).keys()
             with self._accounts(model) as accounts:
-                final = self._rounds(params.snapshot(initial), buffers, engine, accounts)
+                final = self._rounds(params.snapshot(initial), buffers, backend, accounts)
             params.load(model, final)
             digest = self.folder.write_model(model.state_dict())
         except (InterruptedRunError, KeyboardInterrupt):
@@ -231,7 +247,7 @@ class _Simulation:
         request = requests(self.experiment, f"{self.experiment.name} {manifest.created_at}", model)
         return self.protection.accounts(request, self.data, self.folder.asked)
 
-    def _rounds(self, initial: Params, buffers: Collection[str], make: EngineFactory, accounts: Accounts) -> Params:
+    def _rounds(self, initial: Params, buffers: Collection[str], backend: Backend, accounts: Accounts) -> Params:
         experiment, data = self.experiment, self.data
         names = data.client_ids()
 
@@ -246,12 +262,13 @@ class _Simulation:
             asynchrony = strategy.asynchrony
         else:
             runner = StockStrategy(self.strategy, experiment.seed, client_name)
-        cohort = Cohort(experiment, self.sizes, asynchrony)
+        cohort = Cohort(experiment, self.sizes, asynchrony, live=backend.live)
         start = self._start(Checkpoint(0, initial, runner.state))
         site = Site(self.places.base, ClientState(self.folder.clients), self.device, accounts.budget)
         central = self._central_evaluation()
         beside = max(Arena.size_for(runner.share()), Arena.size_for(runner.extra(initial)))
-        with make(Setup(experiment, data, site, Arena.size_for(initial) + beside)) as engine:
+        setup = Setup(experiment, data, site, Arena.size_for(initial) + beside, asynchrony is not None)
+        with backend.engine(setup) as engine:
             grid = SimulationGrid(engine, len(names))
             server = Server(
                 experiment, runner, cohort, grid, self.folder, client_name, central, self.observer, accounts.spending
@@ -329,9 +346,28 @@ def _check_noise_fits(experiment: Experiment, strategy: FederatedStrategy | Stra
         raise InputError("under privacy a strategy's personal models would train without noise", hint=hint)
 
 
+def _check_times(experiment: Experiment, backend: Backend, *, flowing: bool) -> None:
+    """Refuse what needs to know how long clients take, where they take no time of their own."""
+    clients = experiment.clients
+    if backend.live:
+        if flowing and experiment.privacy:
+            raise InputError(
+                "how often an asynchronous server asks a client is not known beforehand, and privacy has to count it",
+                hint="Choose a strategy in rounds, such as fedavg; or simulate it, where clients.duration decides",
+            )
+        return
+    wants = {"over_selection": clients.over_selection > 1, "deadline": clients.deadline is not None}
+    wanting = "an asynchronous strategy" if flowing else next((f"clients.{key}" for key in wants if wants[key]), None)
+    if wanting and clients.duration is None:
+        raise InputError(
+            f"{wanting} needs clients.duration: how long clients take",
+            hint="Set clients.duration={seconds=1}, or use `fedtrain server`, whose clients take a time of their own",
+        )
+
+
 @contextlib.contextmanager
 def _in_process(setup: Setup) -> Iterator[Engine]:
-    experiment, data, site, _ = setup
+    experiment, data, site = setup[:3]
     task = make_task(experiment.task, data.spec, site.base)
     yield InProcess(make_client_app(experiment, task, data, site), data.client_ids())
 

@@ -8,8 +8,9 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from fedtrain import flower
+from fedtrain.deployment.remote import Remote, Waits
 from fedtrain.deployment.roster import Roster
-from fedtrain.deployment.server import Listening, _Attendance, _Remote
+from fedtrain.deployment.server import Listening, _Attendance
 from fedtrain.errors import InputError, RunError
 
 KIND = {
@@ -53,7 +54,7 @@ def messages() -> list[Message]:
 def test_who_did_not_answer_and_is_gone_is_not_waited_for_until_it_is_back() -> None:
     flower.enter_run(1)
     hub = Hub({"a", "c"})
-    remote = _Remote(hub, ("a", "b", "c"), 100, (1.0, None))  # type: ignore[arg-type]
+    remote = Remote(hub, ("a", "b", "c"), 100, Waits(1.0))  # type: ignore[arg-type]
     for _ in range(2):
         assert len(list(remote.run(messages()))) == 2
     hub.here.add("b")

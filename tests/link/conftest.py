@@ -17,12 +17,13 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtrain import flower
+from fedtrain.deployment.remote import Remote, Waits
 from fedtrain.errors import FedtrainError
 from fedtrain.link.channel import Link, Partial, Task, connect
 from fedtrain.link.control import Ack, Farewell, Hello, Offer
 from fedtrain.link.frames import pack
-from fedtrain.link.grid import LinkGrid
 from fedtrain.link.hub import Door, Hub
+from fedtrain.simulations.grid import SimulationGrid
 
 LIMIT = 1 << 26
 
@@ -158,19 +159,18 @@ class Net:
         site.start()
         return site
 
-    def grid(self, names: Sequence[str], limit: int = LIMIT, **more: Any) -> LinkGrid:
-        return LinkGrid(self.hub, lambda: names, limit, **more)
+    def grid(self, names: Sequence[str], limit: int = LIMIT, **waits: Any) -> SimulationGrid:
+        return SimulationGrid(Remote(self.hub, names, limit, Waits(**waits)), len(names))
 
     def ask(self, names: Sequence[str], size: int = 1000, **more: Any) -> Iterator[Message]:
         """Ask clients to echo `size` numbers; the group is "1"."""
-        timeout = more.pop("timeout", None)
         grid = self.grid(names, **more)
         content = RecordDict({"arrays": flower.array_record({"w": torch.arange(float(size))})})
         messages = []
         for node in grid.get_node_ids():
             own = RecordDict({**content, "config": ConfigRecord({"name": names[node - 1]})})
             messages.append(grid.create_message(own, "train", node, "1"))
-        return grid.send_and_receive(messages, timeout=timeout)
+        return grid.send_and_receive(messages)
 
     def close(self) -> None:
         self._stack.close()

@@ -144,7 +144,7 @@ def test_a_cancelled_task_is_not_started(net: Any) -> None:
     site = net.join("a", handle)
     asking, got = asked(net)
     assert started.wait(30)
-    assert list(net.ask("a", timeout=0.2)) == []
+    assert list(net.ask("a", deadline=0.2)) == []
     go.set()
     asking.join()
     assert len(list(net.ask("a"))) == 1
@@ -165,14 +165,14 @@ def test_a_task_that_is_gone_cannot_be_fetched(net: Any) -> None:
 
     site = net.join("a", late)
     net.doorman.wait_for(("ready", "a"))
-    assert list(net.ask("a", timeout=0.2)) == []
+    assert list(net.ask("a", deadline=0.2)) == []
     assert site.handled.acquire(timeout=30)
     assert "no such task any more" in errors[0]
 
 
 def test_a_task_beyond_the_clients_limit_is_refused(net: Any) -> None:
     net.serve()
-    asking, _ = asked(net, timeout=30)
+    asking, _ = asked(net, deadline=30)
     with connect(net.hub.address, None, hello()) as link:
         link.ready({})
         task = next(link.tasks())

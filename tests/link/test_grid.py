@@ -15,15 +15,6 @@ def messages(grid: Any) -> list[Message]:
     return [grid.create_message(RecordDict(), "train", node, "1") for node in grid.get_node_ids()]
 
 
-def test_node_ids_are_positions_in_the_names(net: Any) -> None:
-    net.serve()
-    names = ["a", "b"]
-    grid = net.grid(names)
-    assert list(grid.get_node_ids()) == [1, 2]
-    names.append("c")
-    assert list(grid.get_node_ids()) == [1, 2, 3]
-
-
 def test_replies_name_their_message_their_node_and_their_run(net: Any) -> None:
     net.serve()
     for name in "abc":
@@ -46,15 +37,3 @@ def test_what_is_pushed_can_be_pulled_once(net: Any) -> None:
     first, second = grid.push_messages(messages(grid))
     assert [m.metadata.src_node_id for m in grid.pull_messages([second, "unknown"])] == [2]
     assert [m.metadata.src_node_id for m in grid.pull_messages([first, second])] == [1]
-
-
-def test_messages_of_all_rounds_have_names_of_their_own(net: Any) -> None:
-    net.serve()
-    grid = net.grid("a", deadline=0)
-    assert len({name for _ in range(3) for name in grid.push_messages(messages(grid))}) == 3
-
-
-def test_a_timeout_goes_before_the_deadline(net: Any) -> None:
-    net.serve()
-    grid = net.grid("a", deadline=3600)
-    assert list(grid.send_and_receive(messages(grid), timeout=0)) == []

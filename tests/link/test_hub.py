@@ -137,7 +137,7 @@ def test_an_answer_that_is_too_late_is_said_to_be(net: Any) -> None:
 
     site = net.join("a", wait)
     net.doorman.wait_for(("ready", "a"))
-    assert list(net.ask("a", timeout=0.3)) == []
+    assert list(net.ask("a", deadline=0.3)) == []
     assert site.handled.acquire(timeout=30)
     assert [ack.verdict for ack in site.acks] == ["late"]
     assert net.hub.late() == 1
