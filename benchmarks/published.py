@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from fedtrain.cli.progress import RunObserver
 from fedtrain.experiment import load
@@ -22,11 +24,14 @@ class _Silent(RunObserver):
         """Say nothing: rounds without an update are part of the experiment on stragglers."""
 
 
-def run(name: str, data_root: Path, *overrides: str, private: bool = True) -> list[RoundRecord]:
-    """Run an example from scratch and return its rounds; if not `private`, without its [privacy]."""
+def run(
+    name: str, data_root: Path, *overrides: str, privacy: Mapping[str, object] | None = MappingProxyType({})
+) -> list[RoundRecord]:
+    """Run an example from scratch and return its rounds, with changes of its [privacy]; None leaves that out."""
     experiment = load(_EXAMPLES / f"{name}.toml", overrides)
-    if not private:
-        experiment = experiment.model_copy(update={"privacy": None})
+    if experiment.privacy:
+        changed = None if privacy is None else experiment.privacy.model_copy(update=dict(privacy))
+        experiment = experiment.model_copy(update={"privacy": changed})
     with tempfile.TemporaryDirectory() as folder:
         return simulate(experiment, Places(_EXAMPLES, Path(folder) / "run", data_root), _Silent()).read_rounds()
 

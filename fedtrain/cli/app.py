@@ -237,18 +237,17 @@ def server(
 ) -> None:
     """Serve an experiment to clients that dial in. The same command again resumes it."""
     from fedtrain.cli.running import run_folder
-    from fedtrain.cli.server import ServerOptions, serve_experiment
     from fedtrain.experiment import load
-    from fedtrain.simulations.run import Places
+    from fedtrain.link.handshakes import watched
 
     experiment = load(experiment_file, overrides or ())
     base, root = folders(experiment_file, experiment, data_root)
-    places = Places(base, run_folder(experiment, out).path, root)
     if runtime is _Runtime.flower:
         from fedtrain.cli.running import carry_out
         from fedtrain.fleet.run import Fleet, run_on_flower
-        from fedtrain.simulations.run import sigterm_interrupts
+        from fedtrain.simulations.run import Places, sigterm_interrupts
 
+        places = Places(base, run_folder(experiment, out).path, root)
         fleet = Fleet(superlink, ca, insecure, patience=patience)
 
         def run(observer: RunObserver) -> None:
@@ -257,22 +256,26 @@ def server(
 
         carry_out(experiment, run_folder(experiment, out), run, quiet=quiet, as_json=as_json)
         return
-    address = "127.0.0.1:0" if with_clients else listen
-    options = ServerOptions(
-        address,
-        enrol,
-        ca,
-        hosts or (),
-        own_data,
-        min_clients,
-        wait,
-        patience,
-        max_clients,
-        metrics,
-        with_clients,
-        insecure,
-    )
-    serve_experiment(experiment, places, options, quiet=quiet, as_json=as_json)
+    with watched():  # before gRPC is imported
+        from fedtrain.cli.server import ServerOptions, serve_experiment
+        from fedtrain.simulations.run import Places
+
+        options = ServerOptions(
+            "127.0.0.1:0" if with_clients else listen,
+            enrol,
+            ca,
+            hosts or (),
+            own_data,
+            min_clients,
+            wait,
+            patience,
+            max_clients,
+            metrics,
+            with_clients,
+            insecure,
+        )
+        places = Places(base, run_folder(experiment, out).path, root)
+        serve_experiment(experiment, places, options, quiet=quiet, as_json=as_json)
 
 
 @app.command()

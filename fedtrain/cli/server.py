@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -119,9 +120,26 @@ def serve_experiment(
                 options.patience,
                 opened,
             )
-            serve(experiment, places, metrics, listening)
+            with _logged(observer):
+                serve(experiment, places, metrics, listening)
 
         carry_out(experiment, RunFolder(places.out), run, quiet=quiet, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _logged(observer: RunObserver) -> Iterator[None]:
+    """Show what the library warns of: who is refused, and why."""
+
+    class Notices(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            observer.notice(self.format(record))
+
+    logger, handler = logging.getLogger("fedtrain"), Notices(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @dataclass(frozen=True)
@@ -176,5 +194,9 @@ class _LocalClients:
             command += ["--allow-code", reference]
         with (logs / f"{name}.log").open("ab") as log:
             return subprocess.Popen(  # noqa: S603 - our own command line
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "GRPC_VERBOSITY": "NONE"},
             )

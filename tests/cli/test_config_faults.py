@@ -38,7 +38,7 @@ def _in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ['strategy.name: got "scafold"; expected one of: fedavg,', "scaffold?"],
         ),
         (DIGITS + "[strategy]\nmu = 0.1", ["strategy.mu: got an unknown key", "mu goes with name = fedprox or ditto."]),
-        (DIGITS + "[strategy]\nname = 'fedbuff'", ['got strategy.name = "fedbuff", no clients.duration']),
+        (DIGITS + "[strategy]\nname = 'fedbuff'", ["got no strategy.buffer_size, data.clients = 5"]),
     ],
 )
 def test_a_fault_has_its_path_and_what_is_allowed(fedtrain: Callable, text: str, told: list[str]) -> None:

@@ -115,7 +115,12 @@ class Forker:
     """Starts processes without importing torch again."""
 
     def __init__(self, folder: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FORKER.parents[2])}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "GRPC_VERBOSITY": "INFO",
+            "PYTHONPATH": str(FORKER.parents[2]),
+        }
         self.folder, self._count = folder, 0
         self._lock = threading.Lock()
         self._process = subprocess.Popen(

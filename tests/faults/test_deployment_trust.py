@@ -66,8 +66,12 @@ def test_a_certificate_that_is_not_of_the_authority_beside_it(deployment: Any, t
     goes_on(deployment, server, client)
 
 
-@pytest.mark.parametrize("who", ["nobody", "stranger"])
-def test_no_certificate_or_one_that_the_server_does_not_trust(deployment: Any, tmp_path: Path, who: str) -> None:
+@pytest.mark.parametrize(
+    ("who", "why"), [("nobody", "it shows no certificate"), ("stranger", "its certificate is not trusted: ")]
+)
+def test_no_certificate_or_one_that_the_server_does_not_trust(
+    deployment: Any, tmp_path: Path, who: str, why: str
+) -> None:
     server, client = held(deployment)
     shown: tuple[bytes, ...] = ()
     if who == "stranger":
@@ -77,6 +81,7 @@ def test_no_certificate_or_one_that_the_server_does_not_trust(deployment: Any, t
     hello = Hello(version="1", name="client-1", instance="1")
     with pytest.raises(ConnectionLostError), connect(deployment.address, credentials, hello):
         pass
+    server.says(f"is refused in its TLS handshake: {why}")
     goes_on(deployment, server, client)
 
 
@@ -84,6 +89,7 @@ def test_plain_text(deployment: Any) -> None:
     server, client = held(deployment)
     other = deployment.client("client-1", flags=("--once", "--insecure", "client-1"))
     other.says("waiting for ")
+    server.says("is refused in its TLS handshake: it speaks no TLS")
     assert "Traceback" not in goes_on(deployment, server, client)
 
 
