@@ -18,7 +18,7 @@ from pathlib import Path
 from published import run
 
 UNITS = {"sample": "private-mnist", "client": "private-mnist-clients"}
-# What epsilon = inf is: rates for gradients that are clipped are too high for those that are not, so these stay clipped.
+# What epsilon = inf is: these rates diverge without clipping, so that stays.
 UNLIMITED: dict[str, Mapping[str, object] | None] = {
     "sample": {"epsilon": None, "noise_multiplier": 0.01},
     "client": None,
