@@ -188,6 +188,10 @@ class InterruptedRunError(FedtrainError):
     exit_code = 130
 
 
+class ClientsJoinedError(InterruptedRunError):
+    """The run stopped after a round, to be taken up at once with clients that joined meanwhile."""
+
+
 def nearest(name: object, known: Iterable[str], otherwise: str | None = None) -> str:
     """Hint at the known name that was meant; if none is near say `otherwise`, or list them all."""
     known = list(known)

@@ -62,6 +62,10 @@ class Remote:
             yield reply
         self._gone |= silent
 
+    def close(self) -> None:
+        """Want nothing any more of what is under way."""
+        self._hub.withdraw(self._batch.tasks)
+
     def _flow(self, messages: Sequence[Message], tasks: Sequence[tuple[str, Message]]) -> Iterator[Message]:
         known = {name for name, _ in tasks}
         for message in messages:

@@ -17,7 +17,7 @@ from fedtrain.deployment.remote import Remote, Waits
 from fedtrain.deployment.roster import RemoteData, Roster, checked_kind, num_examples
 from fedtrain.deployment.terms import describe, differences, offer_for
 from fedtrain.disk import atomic_write
-from fedtrain.errors import DataError, InputError, RunError
+from fedtrain.errors import ClientsJoinedError, DataError, InputError, RunError
 from fedtrain.experiment.sections import Experiment
 from fedtrain.link.hub import Door, Hub
 from fedtrain.rundir import RunFolder
@@ -80,47 +80,60 @@ def serve(experiment: Experiment, places: Places, observer: Observer, listening:
     """
     folder = RunFolder(places.out)
     with contextlib.ExitStack() as stack:
-        hub: Hub
+        hub: Hub | None = None
+        attendance: _Attendance
 
         def load() -> PartitionedData:
-            nonlocal hub
-            folder.refuse_if_held()
-            folder.spool.mkdir(parents=True, exist_ok=True)
-            roster = Roster.read(folder.roster)
-            data = None
-            if not listening.own_data:
-                data = build(experiment.data, places.data_root, places.base, experiment.seed)
-            attendance = _Attendance(roster, data)
-            offer = offer_for(experiment, roster.run, own_data=listening.own_data)
-            hub = Hub(listening.address, offer, attendance, folder.spool, listening.door)
-            stack.enter_context(listening.opened(Opened(hub, data.client_ids() if data else (), observer)))
-            stack.enter_context(hub)
-            where = json.dumps({"address": hub.address}).encode()
-            atomic_write(folder.server, lambda file: file.write(where))
-            stack.callback(folder.server.unlink, missing_ok=True)
-            attendance.wait_for(listening, observer, folder.stop_wanted)
-            roster.write(folder.roster)
-            return data or RemoteData(experiment, roster)
+            nonlocal hub, attendance
+            if hub is None:
+                folder.refuse_if_held()
+                folder.spool.mkdir(parents=True, exist_ok=True)
+                data = None
+                if not listening.own_data:
+                    data = build(experiment.data, places.data_root, places.base, experiment.seed)
+                attendance = _Attendance(Roster.read(folder.roster), data, fixed=experiment.privacy is not None)
+                offer = offer_for(experiment, attendance.roster.run, own_data=listening.own_data)
+                hub = Hub(listening.address, offer, attendance, folder.spool, listening.door)
+                stack.enter_context(listening.opened(Opened(hub, data.client_ids() if data else (), observer)))
+                stack.enter_context(hub)
+                where = json.dumps({"address": hub.address}).encode()
+                atomic_write(folder.server, lambda file: file.write(where))
+                stack.callback(folder.server.unlink, missing_ok=True)
+                attendance.wait_for(listening, observer, folder.stop_wanted)
+            attendance.enlist()
+            attendance.roster.write(folder.roster)
+            return attendance.data or RemoteData(experiment, attendance.roster)
 
         @contextlib.contextmanager
         def engine(setup: Setup) -> Iterator[Remote]:
+            assert hub, "data are loaded first"
             limit = max(2 * setup.capacity, _LEAST_LIMIT)
             waits = Waits(listening.patience, experiment.clients.deadline, setup.flowing)
-            yield Remote(hub, setup.data.client_ids(), limit, waits)
+            with contextlib.closing(Remote(hub, setup.data.client_ids(), limit, waits)) as remote:
+                yield remote
 
-        return simulate(experiment, places, observer, Backend(engine, load, live=True))
+        backend = Backend(engine, load, live=True, joined=lambda: bool(attendance.newcomers()))
+        while True:
+            try:
+                return simulate(experiment, places, observer, backend)
+            except ClientsJoinedError as joined:
+                observer.notice(str(joined))
 
 
 class _Attendance:
     """The hub's doorman: lets in whom the experiment knows, with data of the same kind.
 
+    Where clients bring their own data, it lets in everybody with data of that kind, unless the clients are fixed.
+
     Args:
-        roster: of the run; written to where clients bring their own data, until the run begins.
+        roster: of the run; written to where clients bring their own data.
         data: of all clients; None where they bring their own.
+        fixed: nobody new may come once the run has begun.
     """
 
-    def __init__(self, roster: Roster, data: PartitionedData | None) -> None:
-        self._roster, self._data = roster, data
+    def __init__(self, roster: Roster, data: PartitionedData | None, *, fixed: bool) -> None:
+        self.roster, self.data = roster, data
+        self._fixed = fixed or data is not None
         self._kind = describe(data) if data else roster.kind
         self._names: Sequence[str] = data.client_ids() if data else tuple(roster.sizes)
         self._sizes: dict[str, int] = {}  # of clients that are there
@@ -128,17 +141,17 @@ class _Attendance:
 
     def ready(self, name: str, facts: dict[str, Any]) -> str | None:
         with self._changed:
-            if self._names and name not in self._names:
+            if self._fixed and self._names and name not in self._names:
                 return f"this run has no client {name}; its {len(self._names)} are {self._names[0]}, ..."
             try:
-                size = 0 if self._data else num_examples(facts)
+                size = 0 if self.data else num_examples(facts)
                 kind = self._kind or checked_kind(facts.get("data"))
             except DataError as error:
                 return str(error)
             if why := differences(facts.get("data"), kind):
                 return why
-            if self._roster.sizes.get(name, size) != size:
-                return f"it has {size} examples, and had {self._roster.sizes[name]} when the run began"
+            if self.roster.sizes.get(name, size) != size:
+                return f"it has {size} examples, and had {self.roster.sizes[name]} when it joined the run"
             self._kind = kind
             self._sizes[name] = size
             self._changed.notify_all()
@@ -148,8 +161,21 @@ class _Attendance:
         with self._changed:
             self._sizes.pop(name, None)
 
+    def newcomers(self) -> list[str]:
+        """Who is there with data of its own, and takes no part yet."""
+        with self._changed:
+            return [] if self.data else sorted(self._sizes.keys() - self.roster.sizes.keys())
+
+    def enlist(self) -> None:
+        """Give those who are there a place in the run, after all who have one."""
+        with self._changed:
+            for name in self.newcomers():
+                self.roster.sizes[name] = self._sizes[name]
+            self.roster.kind = self._kind if self.data is None else {}
+            self._names = self._names or tuple(self.roster.sizes)
+
     def wait_for(self, listening: Listening, observer: Observer, stop_wanted: Callable[[], bool]) -> None:
-        """Block until enough clients are there; those with data of their own are all that the run will have.
+        """Block until enough clients are there.
 
         Raises:
             InputError: how many is not known.
@@ -178,6 +204,3 @@ class _Attendance:
                     expected=f"{least}",
                     hint="Start more clients, or set --min-clients and --wait",
                 )
-            if not self._names:
-                self._roster.kind, self._roster.sizes = self._kind, dict(sorted(self._sizes.items()))
-                self._names = tuple(self._roster.sizes)

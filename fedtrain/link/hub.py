@@ -166,9 +166,9 @@ class Hub:
         for task in self._board.open(tasks, limit, batch):
             self._announce(task)
         try:
-            yield from batch.collect(patience, deadline, lambda: self._withdraw(batch.tasks))
+            yield from batch.collect(patience, deadline, lambda: self.withdraw(batch.tasks))
         finally:
-            self._withdraw(batch.tasks)
+            self.withdraw(batch.tasks)
 
     def flow(
         self, tasks: Sequence[tuple[str, Message]], limit: int, patience: float | None, batch: Batch
@@ -191,6 +191,10 @@ class Hub:
         for task in self._board.open(tasks, limit, batch):
             self._announce(task)
         yield from batch.flow(patience, lambda overdue: self._miss(overdue, patience))
+
+    def withdraw(self, tasks: Sequence[OpenTask]) -> None:
+        """Want no answers any more to what is still open."""
+        self._cancel(self._board.withdraw(tasks))
 
     def members(self) -> list[Member]:
         """All clients that were ever here."""
@@ -305,9 +309,6 @@ class Hub:
                 checksum=packed.checksum,
             )
             guest.send(notice)
-
-    def _withdraw(self, tasks: Sequence[OpenTask]) -> None:
-        self._cancel(self._board.withdraw(tasks))
 
     def _miss(self, tasks: Sequence[OpenTask], patience: float | None) -> None:
         self._cancel(self._board.miss(tasks, f"no progress for {patience:g} seconds"))

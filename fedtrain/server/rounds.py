@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from flwr.app import Message, MessageType
@@ -19,6 +19,7 @@ from fedtrain import flower, wire
 from fedtrain.errors import (
     BudgetError,
     ClientEndedError,
+    ClientsJoinedError,
     FedtrainError,
     InterruptedRunError,
     PrivacyError,
@@ -33,6 +34,7 @@ from fedtrain.server.cohort import Cohort
 from fedtrain.server.gate import measurement_objection
 from fedtrain.server.privacy import Spending
 from fedtrain.server.schedule import Turn
+from fedtrain.server.tally import Tally
 from fedtrain.strategies.adapter import RoundStrategy
 from fedtrain.training.evaluation import weighted_mean
 from fedtrain.training.optimizer import lr_factor
@@ -56,36 +58,6 @@ class Observer(Protocol):
         """Something that a person should know, in one line."""
 
 
-@dataclass
-class _Round:
-    """What is learned of a round while its replies stream by."""
-
-    number: int
-    names: dict[int, str]  # node id -> client, in client order
-    late: list[str] = field(default_factory=list)
-    began: float = field(default_factory=time.perf_counter)
-    started: dict[int, int] = field(default_factory=dict)  # node id -> round, for those that began in an earlier one
-    came: int = 0  # answers that are no errors
-    replied: set[int] = field(default_factory=set)
-    participants: list[str] = field(default_factory=list)
-    quarantined: dict[str, str] = field(default_factory=dict)
-    set_aside: list[str] = field(default_factory=list)
-    ended: list[str] = field(default_factory=list)
-    losses: list[tuple[dict[str, float], int]] = field(default_factory=list)  # with the examples behind them
-    staleness: list[int] = field(default_factory=list)
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    def note_silence(self) -> None:
-        """Count those who were asked and never replied as late."""
-        self.late += [client for node, client in self.names.items() if node not in self.replied]
-
-    def silent(self, nodes: Mapping[int, int]) -> list[int]:
-        """Positions of the clients that were asked and have sent nothing of use."""
-        gone = {*self.quarantined, *self.ended, *self.late}
-        return [nodes[node] for node, client in self.names.items() if client in gone]
-
-
 @dataclass(frozen=True)
 class Server:
     """Runs an experiment's rounds over a grid.
@@ -100,6 +72,7 @@ class Server:
         evaluate: global parameters -> loss and metrics on the central test set; empty if there is none.
         observer: is told what happens.
         spending: is charged before a round; None without privacy.
+        joined: whether there are clients that the cohort does not know.
     """
 
     experiment: Experiment
@@ -111,12 +84,14 @@ class Server:
     evaluate: Callable[[Params], dict[str, float]]
     observer: Observer
     spending: Spending | None = None
+    joined: Callable[[], bool] = lambda: False
 
     def run(self, start: Checkpoint) -> Params:
         """Run the rounds after `start` and return the final global parameters.
 
         Raises:
             InterruptedRunError: at Ctrl-C or SIGTERM, after a checkpoint of the last finished round.
+            ClientsJoinedError: likewise, for the run to be taken up with all clients.
             RunError: the run cannot go on; likewise.
         """
         if start.round_number:
@@ -132,6 +107,8 @@ class Server:
             for round_number in range(start.round_number + 1, self.experiment.rounds + 1):
                 if self.folder.stop_wanted():
                     raise KeyboardInterrupt
+                if self.joined():
+                    raise ClientsJoinedError(f"clients joined after round {done.round_number}")
                 turn = self.cohort.turn(round_number)
                 if self._ends_before(round_number, turn):
                     break
@@ -188,7 +165,7 @@ class Server:
         nodes = self._nodes(turn.ask)
         asked = list(self.strategy.configure(round_number, params, list(nodes)))
         late = self._nodes(turn.late)
-        seen = _Round(round_number, {node: self.client_name(node) for node in asked}, list(map(self.client_name, late)))
+        seen = Tally(round_number, {node: self.client_name(node) for node in asked}, list(map(self.client_name, late)))
         work = {node: turn.work[client] for node, client in nodes.items() if client in turn.work}
         messages = self._instructions(MessageType.TRAIN, params, seen, [*asked, *late], work)[: len(asked)]
         declined = len(nodes) - len(asked)
@@ -249,7 +226,7 @@ class Server:
         return {node_ids[client]: client for client in clients}
 
     def _instructions(
-        self, kind: str, params: Params, seen: _Round, nodes: Iterable[int], work: Mapping[int, float]
+        self, kind: str, params: Params, seen: Tally, nodes: Iterable[int], work: Mapping[int, float]
     ) -> list[Message]:
         """One message per client; all share one record of the parameters, and bytes are counted as sent."""
         arrays = flower.array_record(params)
@@ -266,7 +243,7 @@ class Server:
         return messages
 
     def _counted(
-        self, turn: Turn, seen: _Round, nodes: Mapping[int, int], replies: Iterable[Message]
+        self, turn: Turn, seen: Tally, nodes: Mapping[int, int], replies: Iterable[Message]
     ) -> Iterator[Message]:
         """Yield replies as they come, until there are enough."""
         for reply in replies:
@@ -280,7 +257,7 @@ class Server:
             if seen.came == turn.enough:
                 return
 
-    def _flowing(self, turn: Turn, params: Params, seen: _Round, nodes: dict[int, int]) -> Iterator[Message]:
+    def _flowing(self, turn: Turn, params: Params, seen: Tally, nodes: dict[int, int]) -> Iterator[Message]:
         """Yield replies as they come, whatever round they started in; who has answered makes room for another."""
         while seen.came != turn.enough:
             new = self._nodes(self.cohort.start(seen.number))
@@ -293,7 +270,7 @@ class Server:
                 return
             yield reply
 
-    def _valid(self, replies: Iterable[Message], seen: _Round) -> Iterator[tuple[int, wire.Update]]:
+    def _valid(self, replies: Iterable[Message], seen: Tally) -> Iterator[tuple[int, wire.Update]]:
         """Let through what may be aggregated, with its node; note why the others may not."""
         for reply in replies:
             node = reply.metadata.src_node_id
@@ -320,14 +297,14 @@ class Server:
                     self.cohort.receipts[client_id] = update.receipt
                 yield node, update
 
-    def _noted(self, updates: Iterable[wire.Update], seen: _Round) -> Iterator[wire.Update]:
+    def _noted(self, updates: Iterable[wire.Update], seen: Tally) -> Iterator[wire.Update]:
         for update in updates:
             seen.participants.append(update.client_id)
             seen.losses.append((dict(update.metrics), update.num_examples))
             seen.staleness.append(seen.number - update.round_number)
             yield update
 
-    def _set_aside(self, nodes: Mapping[int, int], seen: _Round) -> None:
+    def _set_aside(self, nodes: Mapping[int, int], seen: Tally) -> None:
         for client, reason in seen.quarantined.items():
             self.observer.notice(f"round {seen.number}: update of {shorten(client)} not used: {reason}")
         gone = self.cohort.gate.set_aside
@@ -340,7 +317,7 @@ class Server:
                 self.cohort.end(nodes[node])
                 self.observer.notice(f"{shorten(client_id)} has ended: its budget or its policy allows no more")
 
-    def _check_quorum(self, wanted: int, seen: _Round) -> None:
+    def _check_quorum(self, wanted: int, seen: Tally) -> None:
         used = len(seen.participants)
         privacy = self.experiment.privacy
         # Under client privacy nobody may learn how many took part, and the noise is right for any number.
@@ -358,7 +335,7 @@ class Server:
             what = "no valid update came in time" if wanted else "no client was drawn"
             self.observer.notice(f"round {seen.number}: {what}; the model stays as it is")
 
-    def _evaluate_on_clients(self, params: Params, seen: _Round) -> dict[str, dict[str, float]]:
+    def _evaluate_on_clients(self, params: Params, seen: Tally) -> dict[str, dict[str, float]]:
         """Each client's own numbers on its held-out examples; clients without any are left out."""
         names = {node: self.client_name(node) for node in self._nodes(self.cohort.evaluators())}
         messages = self._instructions(MessageType.EVALUATE, params, seen, names, {})

@@ -22,11 +22,11 @@ from torch import nn
 from fedtrain import params
 from fedtrain.client.app import Site, make_client_app
 from fedtrain.client.state import ClientState
-from fedtrain.data.base import Examples, FederatedData
+from fedtrain.data.base import FederatedData
 from fedtrain.data.federated import PartitionedData, build
-from fedtrain.errors import InputError, InterruptedRunError, RunError, RunFolderError
+from fedtrain.errors import InterruptedRunError, RunError, RunFolderError
 from fedtrain.experiment.load import to_toml
-from fedtrain.experiment.privacy import ClientPrivacy, SamplePrivacy
+from fedtrain.experiment.privacy import SamplePrivacy
 from fedtrain.experiment.sections import Experiment
 from fedtrain.importing import raised
 from fedtrain.params import Params
@@ -35,6 +35,7 @@ from fedtrain.server.cohort import Cohort
 from fedtrain.server.manifest import Circumstances, new_manifest, refuse_other_run, resumed_manifest
 from fedtrain.server.rounds import Observer, Server
 from fedtrain.server.selection import eligible
+from fedtrain.simulations.checks import check_noise_fits, check_private, check_times, try_task
 from fedtrain.simulations.forkserver import wanted_workers
 from fedtrain.simulations.grid import Engine, InProcess, SimulationGrid
 from fedtrain.simulations.private import Accounts, Protection, protection, requests
@@ -45,7 +46,7 @@ from fedtrain.strategies.base import FederatedStrategy
 from fedtrain.strategies.registry import make_strategy
 from fedtrain.strategies.stock import StockStrategy
 from fedtrain.tasks.base import Task
-from fedtrain.tasks.registry import check_task, make_task
+from fedtrain.tasks.registry import make_task
 from fedtrain.training.device import find_device
 from fedtrain.training.evaluation import evaluate
 from fedtrain.training.loop import build_model, is_private
@@ -75,11 +76,13 @@ class Backend:
         engine: runs the clients.
         load: gives the clients' data, or what is known of them; the experiment's [data] is read unless given.
         live: clients take their own time, and not that of `clients.duration`.
+        joined: whether there are clients that `load` would give, and has not given yet.
     """
 
     engine: EngineFactory
     load: Callable[[], PartitionedData] | None = None
     live: bool = False
+    joined: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def simulate(
     Raises:
         InputError: the data, the task or the folder does not fit.
         InterruptedRunError: stopped by a signal; resumable.
+        ClientsJoinedError: to be resumed at once, with the clients that joined.
         RunError: the run cannot go on; resumable.
     """
     folder = RunFolder(places.out)
@@ -138,13 +142,13 @@ def simulate(
             load = backend.load or partial(build, experiment.data, places.data_root, places.base, experiment.seed)
             data = load()
             task = make_task(experiment.task, data.spec, places.base)
-            _try_task(task, data)
+            try_task(task, data)
             sizes = np.where(eligible(experiment.clients, places.base, data.client_ids()), data.sizes(), 0)
             strategy = make_strategy(experiment, int(np.count_nonzero(sizes)), places.base)
             flowing = isinstance(strategy, FederatedStrategy) and strategy.asynchrony is not None
-            _check_times(experiment, backend, flowing=flowing)
+            check_times(experiment, live=backend.live, flowing=flowing)
             protects = protection(experiment, (places.base, folder), data, sizes, task)
-            _check_noise_fits(experiment, strategy)
+            check_noise_fits(experiment, strategy)
             stack.enter_context(folder.locked())
             refuse_other_run(folder, experiment, places.base)
             simulation = _Simulation(
@@ -178,7 +182,7 @@ class _Simulation:
         private = tuple(self.experiment.personalization.private)
         travelling = params.exchanged(model)
         initial = {name: t for name, t in travelling.items() if not is_private(name, private)}
-        _check_private(private, travelling, initial)
+        check_private(private, travelling, initial)
         self._begin(model, workers)
         try:
             buffers = dict(model.named_buffers()).keys()
@@ -204,11 +208,11 @@ class _Simulation:
             manifest = resumed_manifest(before, self.experiment, now, self.observer.notice)
         else:
             self.folder.write_experiment(to_toml(self.experiment))
-            self.folder.write_data(self.data.summary())
             self.folder.write_preparation(self.data.preparation)
             if self.protection:
                 self.folder.write_privacy(self.protection.summary(self.folder))
             manifest = new_manifest(self.experiment, now)
+        self.folder.write_data(self.data.summary())  # also anew: clients may have joined
         self.folder.write_manifest(manifest)
         self._warn_if_nothing_is_held_out()
         section = self.experiment.privacy
@@ -271,7 +275,16 @@ class _Simulation:
         with backend.engine(setup) as engine:
             grid = SimulationGrid(engine, len(names))
             server = Server(
-                experiment, runner, cohort, grid, self.folder, client_name, central, self.observer, accounts.spending
+                experiment,
+                runner,
+                cohort,
+                grid,
+                self.folder,
+                client_name,
+                central,
+                self.observer,
+                accounts.spending,
+                backend.joined,
             )
             return server.run(start)
 
@@ -309,60 +322,6 @@ class _Simulation:
 
     def _update_manifest(self, **changes: object) -> None:
         self.folder.write_manifest(self.folder.read_manifest().model_copy(update=changes))
-
-
-def _try_task(task: Task, data: PartitionedData) -> None:
-    """Let a fault of the user's task show before anything is written."""
-    if not len(data.dataset.targets):  # they stay with the clients, who try it themselves
-        return
-    largest = data.client_ids()[int(data.sizes().argmax())]
-    train = data.client(largest).train
-    check_task(task, Examples(train.inputs[:4], train.targets[:4]))
-
-
-def _check_private(patterns: tuple[str, ...], travelling: Params, left: Params) -> None:
-    for pattern in patterns:
-        if not any(is_private(name, (pattern,)) for name in travelling):
-            raise InputError(
-                "no parameter of the model has such a name",
-                got=f"personalization.private = {pattern}",
-                expected=f"a name or pattern among {', '.join(travelling)}",
-            )
-    if not left:
-        raise InputError(
-            "personalization.private leaves nothing to train together",
-            got=", ".join(patterns),
-            expected=f"patterns that leave some of {', '.join(travelling)}",
-        )
-
-
-def _check_noise_fits(experiment: Experiment, strategy: FederatedStrategy | Strategy) -> None:
-    """Refuse strategies that privacy cannot stand before; of our own, the experiment has refused them already."""
-    hint = "Choose a strategy of fedtrain's, such as fedavg, fedavgm, fedadam or fedprox"
-    if isinstance(experiment.privacy, ClientPrivacy) and not isinstance(strategy, FederatedStrategy):
-        raise InputError('privacy.unit = "client" has no noise for a flwr Strategy', hint=hint)
-    personal = isinstance(strategy, FederatedStrategy) and strategy.personal_rule
-    if personal and isinstance(experiment.privacy, SamplePrivacy):
-        raise InputError("under privacy a strategy's personal models would train without noise", hint=hint)
-
-
-def _check_times(experiment: Experiment, backend: Backend, *, flowing: bool) -> None:
-    """Refuse what needs to know how long clients take, where they take no time of their own."""
-    clients = experiment.clients
-    if backend.live:
-        if flowing and experiment.privacy:
-            raise InputError(
-                "how often an asynchronous server asks a client is not known beforehand, and privacy has to count it",
-                hint="Choose a strategy in rounds, such as fedavg; or simulate it, where clients.duration decides",
-            )
-        return
-    wants = {"over_selection": clients.over_selection > 1, "deadline": clients.deadline is not None}
-    wanting = "an asynchronous strategy" if flowing else next((f"clients.{key}" for key in wants if wants[key]), None)
-    if wanting and clients.duration is None:
-        raise InputError(
-            f"{wanting} needs clients.duration: how long clients take",
-            hint="Set clients.duration={seconds=1}, or use `fedtrain server`, whose clients take a time of their own",
-        )
 
 
 @contextlib.contextmanager

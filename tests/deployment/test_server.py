@@ -64,7 +64,7 @@ def test_who_did_not_answer_and_is_gone_is_not_waited_for_until_it_is_back() -> 
 
 def test_clients_with_data_of_their_own_are_counted_by_name_until_the_run_begins() -> None:
     roster = Roster()
-    attendance = _Attendance(roster, None)
+    attendance = _Attendance(roster, None, fixed=False)
     facts = {"data": KIND, "num_examples": 5}
     assert attendance.ready("west", facts) is None
     assert attendance.ready("east", {**facts, "num_examples": 7}) is None
@@ -72,13 +72,29 @@ def test_clients_with_data_of_their_own_are_counted_by_name_until_the_run_begins
     assert "how many examples" in str(attendance.ready("odd", {"data": KIND, "num_examples": -1}))
     notices: list[str] = []
     attendance.wait_for(Listening("", min_clients=2), SimpleNamespace(notice=notices.append), lambda: False)  # type: ignore[arg-type]
+    attendance.enlist()
     assert list(roster.sizes.items()) == [("east", 7), ("west", 5)]
-    assert "has no client late" in str(attendance.ready("late", facts))
     assert "has 6 examples, and had 7" in str(attendance.ready("east", {**facts, "num_examples": 6}))
+    assert not attendance.newcomers()
+    assert attendance.ready("late", {**facts, "num_examples": 9}) is None
+    assert attendance.ready("brief", facts) is None
+    attendance.left("brief")
+    assert attendance.newcomers() == ["late"]
+    attendance.enlist()
+    assert list(roster.sizes.items()) == [("east", 7), ("west", 5), ("late", 9)]
+
+
+def test_under_privacy_nobody_joins_a_run_that_has_begun() -> None:
+    attendance = _Attendance(Roster(), None, fixed=True)
+    facts = {"data": KIND, "num_examples": 5}
+    assert attendance.ready("west", facts) is None
+    attendance.enlist()
+    assert "has no client late" in str(attendance.ready("late", facts))
+    assert attendance.ready("west", facts) is None
 
 
 def test_waiting_ends_by_its_limit_by_a_stop_and_not_without_a_number() -> None:
-    attendance = _Attendance(Roster(), None)
+    attendance = _Attendance(Roster(), None, fixed=False)
     observer: Any = SimpleNamespace(notice=lambda _: None)
     with pytest.raises(InputError, match="--min-clients"):
         attendance.wait_for(Listening(""), observer, lambda: False)

@@ -118,8 +118,8 @@ class Forker:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "GRPC_VERBOSITY": "INFO",
             "PYTHONPATH": str(FORKER.parents[2]),
+            "GRPC_VERBOSITY": "INFO",  # a server sets it for itself before gRPC is imported, which is too late here
         }
         self.folder, self._count = folder, 0
         self._lock = threading.Lock()
