@@ -188,6 +188,9 @@ class TrainingSection(Section):
     """Local optimiser."""
     schedule: ScheduleSection = ScheduleSection()
     """Learning rate over rounds."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: the model computes its loss in mixed precision (torch.autocast); parameters, updates and measurements
+    stay in float32."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingSection:
@@ -322,6 +325,11 @@ class Experiment(Section):
                 "give numbers that are known anyway: scaling = { mean = [...], std = [...] }"
             )
         if privacy.unit == "sample":
+            if self.training.precision != "float32":
+                raise ValueError(
+                    f'training.precision = "{self.training.precision}" rounds the gradients whose norms are bounded; '
+                    'privacy.unit = "sample" needs "float32"'
+                )
             if self.data.test or self.data.validation:
                 raise ValueError(
                     "data.test and data.validation hold out examples by a draw that one more example would change; "

@@ -263,7 +263,8 @@ class Trainer:
         steps = phase.training.steps_for(len(examples), assignment.work)
         rng = generator(self._seed, phase.stream, assignment.round_number, assignment.client_id)
         for inputs, targets in _batches(examples, phase.training.batch_size, steps, rng):
-            loss = self._task.loss(self.model(inputs), targets).mean()
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=phase.training.precision == "bfloat16"):
+                loss = self._task.loss(self.model(inputs), targets).mean()
             yield torch.autograd.grad(loss, self._trained, materialize_grads=True)
             losses.add(loss.detach(), len(targets))
 

@@ -133,6 +133,7 @@ def reconcile_privacy(document):
         privacy["noise_multiplier"] = 1.1
     document["strategy"], document["personalization"] = {}, {}
     document["evaluation"].pop("clients_every", None)
+    document["training"].pop("precision", None)
     for key in ("scaling", "test", "validation"):
         document["data"].pop(key, None)
     for key in ("sampling", "candidates", "over_selection"):

@@ -35,6 +35,10 @@ def file(tmp_path: Path) -> Path:
         ),
         (['data.scaling="pooled"'], 'data.scaling = "pooled" is fitted on the examples'),
         (['data.scaling="client"'], 'data.scaling = "client" is fitted on the examples'),
+        (
+            ["training.precision=bfloat16"],
+            'training.precision = "bfloat16" rounds the gradients whose norms are bounded',
+        ),
         (["data.test=0.2"], "data.test and data.validation hold out examples by a draw"),
         (["data.validation=0.2"], "data.test and data.validation hold out examples by a draw"),
         ([*BY_CLIENT, 'data.scaling="pooled"'], 'data.scaling = "pooled" is fitted on the examples'),
