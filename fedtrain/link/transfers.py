@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from fedtrain.link.roster import Roster, identity
 __all__ = ["Transfers"]
 
 _LOG = logging.getLogger("fedtrain.link")
+
+_MOMENT = 0.5  # seconds
 
 
 class Transfers:
@@ -65,7 +68,7 @@ class Transfers:
         if isinstance(found, OpenTask):
             self._roster.transfer(name, "submit", context)
             try:
-                found = self._take(found, head, requests)
+                found = self._take(found, head, requests, context)
             except OSError as error:
                 hint = f"Make room in {self._spool}; the same command resumes"
                 self._board.fail(RunError("the server cannot keep what clients send", got=error, hint=hint))
@@ -74,7 +77,7 @@ class Transfers:
             _LOG.warning("an answer of %s is not used: %s: %s", name, found.verdict, shorten(found.reason, 300))
         return encode(found)
 
-    def _take(self, task: OpenTask, head: SubmitHead, requests: Iterator[bytes]) -> Ack:
+    def _take(self, task: OpenTask, head: SubmitHead, requests: Iterator[bytes], context: grpc.ServicerContext) -> Ack:
         """Receive an answer; if the task is closed meanwhile, say so at once."""
         receiver = None
         try:
@@ -89,6 +92,8 @@ class Transfers:
                     return found
             return self._board.answer(task, receiver.finish())
         except LinkError as error:
+            if _gone(context):  # a line that broke is no offence
+                return Ack(verdict="refused", reason="the connection broke")
             return self._board.refuse(task, shorten(str(error), 1000))
         finally:
             if receiver:
@@ -103,6 +108,12 @@ class Transfers:
             _LOG.warning("a call of %s at %s is refused: %s", certified or "a client", context.peer(), why)
             _end(context, grpc.StatusCode.PERMISSION_DENIED, why)
         return name
+
+
+def _gone(context: grpc.ServicerContext) -> bool:
+    """Whether a call is over; of a line that broke gRPC learns a moment after the last bytes."""
+    over = threading.Event()
+    return not context.add_callback(over.set) or over.wait(_MOMENT)
 
 
 def _end(context: grpc.ServicerContext, code: grpc.StatusCode, reason: str) -> NoReturn:

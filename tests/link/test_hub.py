@@ -341,6 +341,22 @@ def test_an_answer_that_breaks_off_leaves_the_task_open(net: Any) -> None:
     assert names(list(net.ask("a", size=600_000))) == [1]
 
 
+def test_a_line_that_breaks_again_and_again_is_no_offence(net: Any) -> None:
+    net.serve()
+
+    def unlucky(task: Task, link: Link) -> None:
+        packed = echoed(task)
+        for _ in range(40):
+            proxy = net.proxy()
+            proxy.cut_up_after = 300_000
+            with pytest.raises(grpc.RpcError):
+                raw_submit(proxy.address, head_of(task, link, packed), *packed.payload.chunks())
+        task.submit(packed)
+
+    net.join("a", unlucky)
+    assert names(list(net.ask("a", size=200_000))) == [1]
+
+
 def test_a_full_spool_ends_the_exchange_with_one_error(net: Any) -> None:
     net.serve()
     net.folder.rmdir()
