@@ -22,12 +22,14 @@ from fedtrain.errors import InputError, InterruptedRunError
 if TYPE_CHECKING:
     from fedtrain.deployment.session import Dial
     from fedtrain.deployment.site import Owner
+    from fedtrain.link.identity import Identity
 
 __all__ = ["app"]
 
 app = typer.Typer(help="Take part with your own data in what a server runs.", invoke_without_command=True)
 
 _IDENTITY = Path("identity")
+_RENEWAL_SECONDS = 3600.0  # between two looks whether the certificate is due
 
 IdentityFolder = Annotated[
     Path,
@@ -91,19 +93,14 @@ def client(
         raise InputError("there is no such file or folder", got=str(data), hint="--data names this client's own data")
     from fedtrain.deployment.session import Client, Dial
     from fedtrain.deployment.site import Owner
-    from fedtrain.link.enrolment import renew
-    from fedtrain.link.identity import Identity
 
     name, credentials = insecure, None
     if insecure is None:
-        name = Identity.load(identity).name
+        name = _valid(identity).name
+        threading.Thread(target=_stay_valid, args=(identity, server), daemon=True).start()
 
         def credentials() -> object:
-            own = Identity.load(identity)
-            if own.renew_due():
-                with contextlib.suppress(Exception):
-                    own = renew(identity, server)
-            return own.channel_credentials()
+            return _valid(identity, server).channel_credentials()
 
     assert name, "it has one from either"
     owner = Owner(name, data, home or Path(name), share, device, policy, tuple(allow_code or ()), code)
@@ -126,6 +123,26 @@ def enroll(
     from fedtrain.cli.ca import enroll as redeem
 
     redeem(token, identity)
+
+
+def _valid(folder: Path, server: str | None = None) -> Identity:
+    """Load the identity; in the last third of its life, have the server certify it anew if that can be reached."""
+    from fedtrain.link.enrolment import renew
+    from fedtrain.link.identity import Identity
+
+    own = Identity.load(folder)
+    if server and own.renew_due():
+        with contextlib.suppress(Exception):  # there are more occasions
+            return renew(folder, server)
+    return own
+
+
+def _stay_valid(folder: Path, server: str) -> None:
+    """Look after the certificate also while one connection lasts for weeks."""
+    while True:
+        time.sleep(_RENEWAL_SECONDS)
+        with contextlib.suppress(Exception):
+            _valid(folder, server)
 
 
 def _end_with(parent: int) -> None:
