@@ -31,6 +31,7 @@ from dataclasses import dataclass
 __all__ = [
     "BudgetError",
     "ClientEndedError",
+    "ClientsJoinedError",
     "ConnectionLostError",
     "DataError",
     "ExperimentError",

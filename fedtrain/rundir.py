@@ -131,7 +131,10 @@ class RunFolder:
             lock.write(str(os.getpid()).encode())
             lock.flush()
             self._stop.unlink(missing_ok=True)
-            yield
+            try:
+                yield
+            finally:
+                self._stop.unlink(missing_ok=True)  # whoever waits for a next run's clients looks for it
 
     def holder(self) -> int | None:
         """The process that is running in this folder; None if there is none."""
@@ -144,15 +147,6 @@ class RunFolder:
         except FileNotFoundError:
             pass
         return None
-
-    def refuse_if_held(self) -> None:
-        """Say at once that another process is running here; only the lock keeps it out.
-
-        Raises:
-            RunFolderError: it is.
-        """
-        if self.holder() is not None:
-            raise self._held()
 
     def _held(self) -> RunFolderError:
         return RunFolderError(

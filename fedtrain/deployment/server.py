@@ -20,6 +20,7 @@ from fedtrain.disk import atomic_write
 from fedtrain.errors import ClientsJoinedError, DataError, InputError, RunError
 from fedtrain.experiment.sections import Experiment
 from fedtrain.link.hub import Door, Hub
+from fedtrain.link.register import Passing
 from fedtrain.rundir import RunFolder
 from fedtrain.server.rounds import Observer
 from fedtrain.simulations.run import Backend, Places, Setup, simulate
@@ -86,11 +87,11 @@ def serve(experiment: Experiment, places: Places, observer: Observer, listening:
         def load() -> PartitionedData:
             nonlocal hub, attendance
             if hub is None:
-                folder.refuse_if_held()
-                folder.spool.mkdir(parents=True, exist_ok=True)
                 data = None
                 if not listening.own_data:
                     data = build(experiment.data, places.data_root, places.base, experiment.seed)
+                stack.enter_context(folder.locked())  # before anybody is let in, and for as long as the hub is open
+                folder.spool.mkdir(exist_ok=True)
                 attendance = _Attendance(Roster.read(folder.roster), data, fixed=experiment.privacy is not None)
                 offer = offer_for(experiment, attendance.roster.run, own_data=listening.own_data)
                 hub = Hub(listening.address, offer, attendance, folder.spool, listening.door)
@@ -112,7 +113,7 @@ def serve(experiment: Experiment, places: Places, observer: Observer, listening:
             with contextlib.closing(Remote(hub, setup.data.client_ids(), limit, waits)) as remote:
                 yield remote
 
-        backend = Backend(engine, load, live=True, joined=lambda: bool(attendance.newcomers()))
+        backend = Backend(engine, load, live=True, joined=lambda: bool(attendance.newcomers()), locked=True)
         while True:
             try:
                 return simulate(experiment, places, observer, backend)
@@ -142,16 +143,17 @@ class _Attendance:
     def ready(self, name: str, facts: dict[str, Any]) -> str | None:
         with self._changed:
             if self._fixed and self._names and name not in self._names:
-                return f"this run has no client {name}; its {len(self._names)} are {self._names[0]}, ..."
+                return Passing(f"this run has no client {name}")
             try:
                 size = 0 if self.data else num_examples(facts)
                 kind = self._kind or checked_kind(facts.get("data"))
             except DataError as error:
                 return str(error)
             if why := differences(facts.get("data"), kind):
-                return why
+                hint = "" if self.data else ": the columns must be the same everywhere, and the classes (data.classes)"
+                return Passing(why + hint)
             if self.roster.sizes.get(name, size) != size:
-                return f"it has {size} examples, and had {self.roster.sizes[name]} when it joined the run"
+                return Passing(f"it has {size} examples, and had {self.roster.sizes[name]} when it joined the run")
             self._kind = kind
             self._sizes[name] = size
             self._changed.notify_all()
@@ -160,6 +162,8 @@ class _Attendance:
     def left(self, name: str) -> None:
         with self._changed:
             self._sizes.pop(name, None)
+            if not self._names and not self._sizes:  # the first to come again says what the data are
+                self._kind = {}
 
     def newcomers(self) -> list[str]:
         """Who is there with data of its own, and takes no part yet."""

@@ -208,7 +208,8 @@ class Batch:
                 reply = self.replies.get(timeout=min(_LOOK, max(0.0, first + longest - time.monotonic())))
             except queue.Empty:
                 now = time.monotonic()
-                miss([task for task in self.tasks if task.moved + longest <= now])
+                if overdue := [task for task in self.tasks if task.moved + longest <= now]:
+                    miss(overdue)
                 continue
             if isinstance(reply, FedtrainError):
                 raise reply

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from fedtrain.errors import FedtrainError, InputError, RunError, shorten
 from fedtrain.link.authority import Authority
 from fedtrain.link.certificates import client_of, common_name, load_certificate
 from fedtrain.link.identity import Identity, Secret, Token, adopt, pending_request, split_address
+from fedtrain.link.register import stamp_of
 
 __all__ = ["add_enrolment", "add_renewal", "enrol", "renew", "server_credentials", "serving"]
 
@@ -30,6 +32,7 @@ _LOG = logging.getLogger("fedtrain.link")
 _SERVICE = "fedtrain.Enrolment"
 _CAP = 64 * 1024  # bytes of a body, either way
 _SECONDS = 20.0  # for one answer
+_LOOK = 60.0  # between two looks at the date
 _PAUSES = (0.5, 2.0)  # seconds before the second and the third try
 _OPTIONS = [
     ("grpc.max_receive_message_length", _CAP),
@@ -95,18 +98,31 @@ def server_credentials(authority: Authority, hosts: Iterable[str] = (), *, mutua
     """
     hosts = tuple(hosts)
 
+    given, looked = authority.server_identity(hosts), time.monotonic()
+    stamp = stamp_of(authority.register)
+    lock = threading.Lock()
+
     def configuration() -> grpc.ServerCertificateConfiguration:
-        identity = authority.server_identity(hosts)
         return grpc.ssl_server_certificate_configuration(
-            [(identity.key, identity.certificate)], identity.authority if mutual else None
+            [(given.key, given.certificate)], given.authority if mutual else None
         )
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
-        try:
+        """Look where something can have changed: gRPC asks at every connection, and crashes if told much."""
+        nonlocal given, looked, stamp
+        with lock:
+            if time.monotonic() - looked < _LOOK and stamp_of(authority.register) == stamp:
+                return None
+            looked, stamp = time.monotonic(), stamp_of(authority.register)
+            try:
+                now = authority.server_identity(hosts)
+            except FedtrainError as error:
+                _LOG.error("The server goes on with the certificate it has: %s", error)
+                return None
+            if now.certificate == given.certificate:
+                return None
+            given = now
             return configuration()
-        except FedtrainError as error:
-            _LOG.error("The server goes on with the certificate it has: %s", error)
-            return None
 
     return grpc.dynamic_ssl_server_credentials(configuration(), changed, mutual)
 

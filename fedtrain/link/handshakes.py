@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import re
 import threading
 import time
@@ -36,8 +37,10 @@ def watched() -> Iterator[None]:
     real, (reading, writing) = os.dup(_STDERR), os.pipe()
     os.dup2(writing, _STDERR)
     os.close(writing)
-    thread = threading.Thread(target=_sort, args=(reading, real), name="fedtrain-handshakes", daemon=True)
+    reasons: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    thread = threading.Thread(target=_sort, args=(reading, real, reasons), name="fedtrain-stderr", daemon=True)
     thread.start()
+    threading.Thread(target=_warn, args=(reasons,), name="fedtrain-handshakes", daemon=True).start()
     try:
         yield
     finally:
@@ -45,18 +48,25 @@ def watched() -> Iterator[None]:
         thread.join(1.0)
 
 
-def _sort(reading: int, real: int) -> None:
-    told: dict[str, float] = {}
+def _sort(reading: int, real: int, reasons: queue.SimpleQueue[str | None]) -> None:
+    """Empty the pipe, and never wait for anybody who writes to it."""
     with open(reading, "rb", closefd=True) as lines:
         for line in lines:
             if not _INFO.match(line):
                 if not _OF_THE_LEVEL.match(line):
                     os.write(real, line)
                 continue
-            why = _reason(line.decode(errors="replace"))
-            if why and told.get(why, -_QUIET) + _QUIET <= time.monotonic():
-                told[why] = time.monotonic()
-                _LOG.warning("a connection is refused in its TLS handshake: %s", why)
+            if why := _reason(line.decode(errors="replace")):
+                reasons.put(why)
+    reasons.put(None)
+
+
+def _warn(reasons: queue.SimpleQueue[str | None]) -> None:
+    told: dict[str, float] = {}
+    while (why := reasons.get()) is not None:
+        if told.get(why, -_QUIET) + _QUIET <= time.monotonic():
+            told[why] = time.monotonic()
+            _LOG.warning("a connection is refused in its TLS handshake: %s", why)
 
 
 def _reason(line: str) -> str | None:

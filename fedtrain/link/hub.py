@@ -34,6 +34,7 @@ from fedtrain.link.control import (
     read_client,
 )
 from fedtrain.link.identity import split_address
+from fedtrain.link.register import Passing
 from fedtrain.link.roster import Guest, Member, Roster
 from fedtrain.link.transfers import Transfers
 from fedtrain.link.transport import HEARTBEAT, SERVICE, SILENCE, is_loopback, server_options
@@ -49,7 +50,7 @@ class Doorman(Protocol):
     """Decides who takes part. It is called from threads of the hub."""
 
     def ready(self, name: str, facts: dict[str, Any]) -> str | None:
-        """A client is ready: say what is against it, or None."""
+        """A client is ready: say what is against it, `Passing` or for good, or None."""
 
     def left(self, name: str) -> None:
         """A client that took part has gone; it may come back."""
@@ -231,7 +232,7 @@ class Hub:
             self._refuse(guest, str(error))
         except Exception:
             _LOG.exception("a session failed")
-            self._refuse(guest, "the server failed", final=False)
+            self._refuse(guest, Passing("the server failed"))
         finally:
             guest.end()
 
@@ -259,21 +260,20 @@ class Hub:
         elif guest.certified not in (None, hello.name):
             self._refuse(guest, f"its certificate is not of {hello.name}")
         elif why := self._objection(guest.certificate):
-            self._board.give_up(hello.name, why)  # a round that has asked it does not wait
             self._refuse(guest, why)
         else:
             if older := self._roster.outdated(hello):
                 self._left(older)
                 older.cut()
             if why := self._roster.sit(guest, hello):
-                self._refuse(guest, why, final=False)
+                self._refuse(guest, Passing(why))
             else:
                 guest.send(self._offer)
 
     def _admit(self, guest: Guest, name: str, ready: Ready) -> None:
         """Let a client take part, and tell it what it is asked."""
         if ready.run != self._offer.run:
-            self._refuse(guest, "this is another run", final=False)
+            self._refuse(guest, Passing("this is another run"))
         elif why := self._doorman.ready(name, ready.facts):
             self._refuse(guest, why)
         elif self._roster.admit(guest, ready.facts):
@@ -282,10 +282,10 @@ class Hub:
         else:
             self._doorman.left(name)
 
-    def _refuse(self, guest: Guest, reason: str, *, final: bool = True) -> None:
+    def _refuse(self, guest: Guest, reason: str) -> None:
         name = guest.hello.name if guest.hello else guest.certified or "a client"
         _LOG.warning("%s at %s is refused: %s", name, guest.peer, shorten(reason, 300))
-        guest.send(Refused(reason=shorten(reason, 1000), final=final))
+        guest.send(Refused(reason=shorten(reason, 1000), final=not isinstance(reason, Passing)))
 
     def _left(self, guest: Guest) -> None:
         if self._roster.leave(guest):
@@ -347,7 +347,7 @@ class Hub:
             return self._door.verify(certificate)
         except Exception as error:  # a damaged list of revocations, for one
             _LOG.error("a certificate cannot be verified: %s", shorten(error, 300))
-            return "its certificate cannot be verified now"
+            return Passing("its certificate cannot be verified now")
 
     def _bind(self, listen: str) -> str:
         """Listen, and give the address with its real port."""

@@ -16,7 +16,7 @@ from fedtrain.disk import atomic_write
 from fedtrain.errors import RunError
 from fedtrain.link.identity import peer_name
 
-__all__ = ["Invitation", "Issued", "Register", "Revocations", "read_register", "write_register"]
+__all__ = ["Invitation", "Issued", "Passing", "Register", "Revocations", "read_register", "stamp_of", "write_register"]
 
 _LOG = logging.getLogger("fedtrain.link")
 
@@ -69,6 +69,12 @@ class Register(_Entry):
     hosts: list[str] = []  # by which clients know the server
 
 
+class Passing(str):
+    """An objection that may pass, so that it is worth trying again."""
+
+    __slots__ = ()
+
+
 class Revocations:
     """Which clients' certificates are in force: reads the register again whenever it has changed.
 
@@ -83,11 +89,11 @@ class Revocations:
         self._path = path
         self._lock = threading.Lock()
         self._stamp: tuple[int, ...] | None = None
-        self._clients: dict[int, Issued] = {}
+        self._clients: dict[int, Issued] | None = {}  # None while the register cannot be read
 
     def is_revoked(self, serial: int) -> bool:
         """Whether the certificate of this serial number is not, or no longer, in force; its dates apart."""
-        entry = self._read().get(serial)
+        entry = (self._read() or {}).get(serial)
         return entry is None or entry.revoked_at is not None
 
     def objection(self, certificate: bytes, now: datetime | None = None) -> str | None:
@@ -95,22 +101,29 @@ class Revocations:
         client = peer_name({"x509_pem_cert": [certificate]})
         if client is None:
             return "it is no client's certificate"
-        entry = self._read().get(client[1])
+        listed = self._read()
+        if listed is None:
+            return Passing("the certificate cannot be verified now")
+        entry = listed.get(client[1])
         if entry is None:
             return "the authority's register does not list the certificate"
         state, moment = entry.state(now or datetime.now(UTC))
-        return None if state == "valid" else f"the certificate is {state} since {moment:%Y-%m-%d %H:%M} UTC"
+        if state == "valid":
+            return None
+        why = f"the certificate is {state} since {moment:%Y-%m-%d %H:%M} UTC"
+        return Passing(why) if state == "expired" else why  # a session may have outlived it, and a new one be there
 
-    def _read(self) -> dict[int, Issued]:
+    def _read(self) -> dict[int, Issued] | None:
         with self._lock:
-            stamp = _stamp(self._path)  # before the content: a change in between is seen next time
-            if stamp != self._stamp:
+            stamp = stamp_of(self._path)  # before the content: a change in between is seen next time
+            if stamp != self._stamp or self._clients is None:
                 try:
                     issued = read_register(self._path).issued
                     self._clients = {int(entry.serial, 16): entry for entry in issued if entry.kind == "client"}
                 except (RunError, ValueError) as error:
-                    _LOG.error("Every client is refused: %s", error)
-                    self._clients = {}
+                    if stamp != self._stamp:
+                        _LOG.error("Every client is refused: %s", error)
+                    self._clients = None
                 self._stamp = stamp
             return self._clients
 
@@ -149,7 +162,8 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """Tell one state of a file from another."""
     try:
         found = path.stat()
     except OSError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +24,7 @@ __all__ = ["Transfers"]
 _LOG = logging.getLogger("fedtrain.link")
 
 _MOMENT = 0.5  # seconds
+_MOST_SILENT = 4  # calls of one client
 
 
 class Transfers:
@@ -38,6 +41,8 @@ class Transfers:
         self, board: Board, roster: Roster, spool: Path, objection: Callable[[bytes | None], str | None]
     ) -> None:
         self._board, self._roster, self._spool, self._objection = board, roster, spool, objection
+        self._lock = threading.Lock()
+        self._silent: Counter[str] = Counter()  # calls of which the first message has not come
 
     def fetch(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Send a task's payload from an offset on."""
@@ -60,7 +65,8 @@ class Transfers:
     def submit(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """Take an answer."""
         try:
-            head = read_submit(next(requests, b""))
+            with self._opening(context):
+                head = read_submit(next(requests, b""))
         except LinkError as error:
             _end(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         name = self._caller(head.session, context)
@@ -73,8 +79,9 @@ class Transfers:
                 hint = f"Make room in {self._spool}; the same command resumes"
                 self._board.fail(RunError("the server cannot keep what clients send", got=error, hint=hint))
                 _end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "the server cannot keep the answer now")
-        if found.verdict != "accepted":
-            _LOG.warning("an answer of %s is not used: %s: %s", name, found.verdict, shorten(found.reason, 300))
+        if found.verdict != "accepted":  # late is no fault, where more are asked than waited for
+            level = logging.INFO if found.verdict == "late" else logging.WARNING
+            _LOG.log(level, "an answer of %s is not used: %s: %s", name, found.verdict, shorten(found.reason, 300))
         return encode(found)
 
     def _take(self, task: OpenTask, head: SubmitHead, requests: Iterator[bytes], context: grpc.ServicerContext) -> Ack:
@@ -98,6 +105,26 @@ class Transfers:
         finally:
             if receiver:
                 receiver.close()
+
+    @contextlib.contextmanager
+    def _opening(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """Hold back calls that say nothing, each of which takes a thread; ends the call of who has many of them."""
+        certified, certificate = identity(context)
+        if why := self._objection(certificate):
+            _end(context, grpc.StatusCode.PERMISSION_DENIED, why)
+        who = certified or context.peer()
+        with self._lock:
+            self._silent[who] += 1
+            many = self._silent[who] > _MOST_SILENT
+        try:
+            if many:
+                _end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls at once")
+            yield
+        finally:
+            with self._lock:
+                self._silent[who] -= 1
+                if not self._silent[who]:
+                    del self._silent[who]
 
     def _caller(self, session: str, context: grpc.ServicerContext) -> str:
         """The client behind a call; ends the call if that is nobody who takes part."""

@@ -42,7 +42,13 @@ class Live(Schedule):
         if section.late == "partial" and section.deadline is not None:
             shares = {c: _FILL * section.deadline / self._seconds[c] for c in drawn if c in self._seconds}
             work = {client: share for client, share in shares.items() if share < 1}
-        return Turn(drawn, [(client, round_number) for client in drawn], wanted, work, enough=wanted)
+        return Turn(
+            drawn,
+            [(client, round_number) for client in drawn],
+            wanted,
+            work,
+            enough=wanted if wanted < len(drawn) else None,
+        )
 
     def answered(self, turn: Turn, client: int, seconds: float) -> None:
         self._answered.add(client)

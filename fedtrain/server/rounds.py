@@ -170,12 +170,16 @@ class Server:
         messages = self._instructions(MessageType.TRAIN, params, seen, [*asked, *late], work)[: len(asked)]
         declined = len(nodes) - len(asked)
         self.observer.round_started(round_number, turn.enough or len(messages))
+        valid: Iterable[tuple[int, wire.Update]]
         if turn.flowing:
-            replies = self._flowing(turn, params, seen, nodes)
+            valid = self._valid(self._flowing(turn, params, seen, nodes), seen)
         else:
-            answers = self._counted(turn, seen, nodes, self.grid.send_and_receive(messages))
-            replies = wire.in_order(answers, asked)
-        arrived = ((nodes[node], update) for node, update in self._valid(replies, seen))
+            replies = self._counted(turn, seen, nodes, self.grid.send_and_receive(messages))
+            if turn.enough is None:
+                valid = self._valid(wire.in_order(replies, asked), seen)
+            else:  # who is one of the first is known only when enough have passed
+                valid = sorted(self._valid(replies, seen), key=lambda passed: asked.index(passed[0]))
+        arrived = ((nodes[node], update) for node, update in valid)
         updates = self._noted(self.cohort.used(turn, arrived), seen)
         new = self.strategy.aggregate(round_number, params, updates)
         read = len(seen.losses)
@@ -245,21 +249,21 @@ class Server:
     def _counted(
         self, turn: Turn, seen: Tally, nodes: Mapping[int, int], replies: Iterable[Message]
     ) -> Iterator[Message]:
-        """Yield replies as they come, until there are enough."""
+        """Yield replies as they come, until enough of them have passed the gate."""
         for reply in replies:
             node = reply.metadata.src_node_id
+            if node not in nodes:
+                continue
             seen.replied.add(node)
-            if node in nodes:
-                self.cohort.answered(turn, nodes[node], time.perf_counter() - seen.began)
+            self.cohort.answered(turn, nodes[node], time.perf_counter() - seen.began)
             self.observer.client_finished(seen.number)
-            seen.came += reply.has_content()
             yield reply
-            if seen.came == turn.enough:
+            if seen.passed == turn.enough:
                 return
 
     def _flowing(self, turn: Turn, params: Params, seen: Tally, nodes: dict[int, int]) -> Iterator[Message]:
         """Yield replies as they come, whatever round they started in; who has answered makes room for another."""
-        while seen.came != turn.enough:
+        while seen.passed != turn.enough:
             new = self._nodes(self.cohort.start(seen.number))
             under_way = self.cohort.under_way()
             for node, client in self._nodes(list(under_way)).items():
@@ -293,6 +297,7 @@ class Server:
             if why := self.cohort.gate.objection(update, client_id, seen.started.get(node, seen.number)):
                 seen.quarantined[client_id] = why
             else:
+                seen.passed += 1
                 if update.receipt:
                     self.cohort.receipts[client_id] = update.receipt
                 yield node, update

@@ -29,7 +29,7 @@ class Turn:
         work: share of the local steps, for those that have not time for all.
         late: who was asked, but is not waited for.
         seconds: the round's length on the virtual clock; 0 without one.
-        enough: answers after which nobody else is waited for; None waits for all.
+        enough: updates that pass the gate, after which nobody else is waited for; None waits for all.
         flowing: clients start and answer at any time, also from round to round.
     """
 

@@ -18,7 +18,7 @@ class Tally:
     late: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
     started: dict[int, int] = field(default_factory=dict)  # node id -> round, for those that began in an earlier one
-    came: int = 0  # answers that are no errors
+    passed: int = 0  # updates that the gate let through
     replied: set[int] = field(default_factory=set)
     participants: list[str] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)

@@ -264,7 +264,7 @@ def _app(reference: Any) -> tuple[ClientApp, Sequence[str]]:
     import ray
 
     ray.util.register_serializer(Tensor, serializer=_flat, deserializer=_unflat)
-    experiment, data, site, _ = ray.get(reference)
+    experiment, data, site = ray.get(reference)[:3]
     site = replace(site, device=find_device(site.device.type))
     torch.set_num_threads(experiment.run.threads)
     app = make_client_app(experiment, make_task(experiment.task, data.spec, site.base), data, site)

@@ -61,7 +61,7 @@ class Setup(NamedTuple):
     data: FederatedData
     site: Site
     capacity: int  # bytes of the tensors of one message, in either direction
-    flowing: bool  # clients start at any time, and not in step with the rounds
+    flowing: bool = False  # clients start at any time, and not in step with the rounds
 
 
 EngineFactory = Callable[[Setup], AbstractContextManager[Engine]]
@@ -77,12 +77,14 @@ class Backend:
         load: gives the clients' data, or what is known of them; the experiment's [data] is read unless given.
         live: clients take their own time, and not that of `clients.duration`.
         joined: whether there are clients that `load` would give, and has not given yet.
+        locked: `load` has locked the run's folder.
     """
 
     engine: EngineFactory
     load: Callable[[], PartitionedData] | None = None
     live: bool = False
     joined: Callable[[], bool] = lambda: False
+    locked: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ def simulate(
             check_times(experiment, live=backend.live, flowing=flowing)
             protects = protection(experiment, (places.base, folder), data, sizes, task)
             check_noise_fits(experiment, strategy)
-            stack.enter_context(folder.locked())
+            if not backend.locked:
+                stack.enter_context(folder.locked())
             refuse_other_run(folder, experiment, places.base)
             simulation = _Simulation(
                 experiment, places, observer, folder, data, sizes, task, strategy, device, protects

@@ -12,6 +12,7 @@ from fedtrain.deployment.remote import Remote, Waits
 from fedtrain.deployment.roster import Roster
 from fedtrain.deployment.server import Listening, _Attendance
 from fedtrain.errors import InputError, RunError
+from fedtrain.link.register import Passing
 
 KIND = {
     "input_shape": [3],
@@ -82,6 +83,16 @@ def test_clients_with_data_of_their_own_are_counted_by_name_until_the_run_begins
     assert attendance.newcomers() == ["late"]
     attendance.enlist()
     assert list(roster.sizes.items()) == [("east", 7), ("west", 5), ("late", 9)]
+
+
+def test_what_the_data_are_is_forgotten_with_those_who_told_it() -> None:
+    attendance = _Attendance(Roster(), None, fixed=False)
+    facts = {"data": KIND, "num_examples": 5}
+    odd = {**facts, "data": {**KIND, "num_classes": 3}}
+    assert attendance.ready("odd", odd) is None
+    assert isinstance(attendance.ready("west", facts), Passing)
+    attendance.left("odd")
+    assert attendance.ready("west", facts) is None
 
 
 def test_under_privacy_nobody_joins_a_run_that_has_begun() -> None:

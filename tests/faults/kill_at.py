@@ -25,7 +25,9 @@ def before_round_1(_server: Server, _params: object) -> None:
     die()
 
 
-def in_mid_round(_server: Server, seen: Any, replies: Iterable[Message]) -> Iterator[Message]:
+def in_mid_round(
+    _server: Server, _turn: object, seen: Any, _nodes: object, replies: Iterable[Message]
+) -> Iterator[Message]:
     for number, reply in enumerate(replies):
         if seen.number == 3 and number == 1:
             die()

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from fedtrain.rundir import RunFolder
+
 LARGE = ("task.name=mlp", "task.options.hidden=[4096]")  # an update of 1.2 MB
 
 
@@ -63,3 +65,30 @@ def test_a_server_whose_disk_is_full(deployment: Any) -> None:
     assert "File too large" in said
     assert "Traceback" not in said
     deployment.ends_well(deployment.server(*LARGE), *LARGE)
+
+
+def test_stopped_after_its_round_it_goes_on_by_the_same_command(deployment: Any) -> None:
+    server = deployment.server(added_2_1="hold")
+    clients = deployment.clients(flags=())
+    server.reaches("added 2 1")
+    RunFolder(deployment.folder / "run").ask_to_stop()
+    server.go_on("added 2 1")
+    assert "interrupted; 2 of 3 rounds are kept" in server.ends(130)
+    again = deployment.server()
+    deployment.ends_well(again)
+    for client in clients:
+        client.signal(signal.SIGTERM)
+        client.ends(130)
+
+
+def test_a_server_that_waits_for_clients_can_be_stopped_and_holds_its_folder(deployment: Any) -> None:
+    server = deployment.server()
+    server.says("waiting for 3 clients")
+    folder = RunFolder(deployment.folder / "run")
+    assert folder.holder() == server.pid
+    assert "another process is running in this folder" in deployment.server().ends(2)
+    folder.ask_to_stop()
+    assert "interrupted" in server.ends(130)
+    again = deployment.server()
+    deployment.clients()
+    deployment.ends_well(again)

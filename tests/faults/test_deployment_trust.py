@@ -1,6 +1,10 @@
 """Who must not take part in a deployment, is refused in one line, and does not disturb the run."""
 
+import contextlib
 import re
+import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -91,6 +95,32 @@ def test_plain_text(deployment: Any) -> None:
     other.says("waiting for ")
     server.says("is refused in its TLS handshake: it speaks no TLS")
     assert "Traceback" not in goes_on(deployment, server, client)
+
+
+def test_a_flood_of_strangers(deployment: Any) -> None:
+    server, client = held(deployment)
+    host, _, port = deployment.address.rpartition(":")
+
+    def knock(_: int) -> None:
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 5) as line:
+            line.sendall(b"garbage\n")
+            line.recv(10)
+
+    with ThreadPoolExecutor(12) as threads:
+        list(threads.map(knock, range(2000)))
+    assert goes_on(deployment, server, client).count("it speaks no TLS") < 10
+
+
+def test_a_revoked_certificate_does_not_disturb_who_has_a_new_one(deployment: Any) -> None:
+    old = deployment.identity("client-1")
+    shutil.copytree(old, deployment.folder / "stolen")
+    deployment.authority.revoke("client-1")
+    shutil.rmtree(old)
+    del deployment.identities["client-1"]
+    server, client = held(deployment)
+    thief = deployment.client("client-1", identity=deployment.folder / "stolen")
+    assert "the server refuses this client: the certificate is revoked since" in thief.ends(2)
+    goes_on(deployment, server, client)
 
 
 def test_revoked_in_mid_run(deployment: Any) -> None:

@@ -357,6 +357,24 @@ def test_a_line_that_breaks_again_and_again_is_no_offence(net: Any) -> None:
     assert names(list(net.ask("a", size=200_000))) == [1]
 
 
+def test_calls_that_say_nothing_do_not_take_all_threads(net: Any) -> None:
+    net.serve()
+    silent, ends = threading.Event(), []
+
+    def nothing() -> Iterator[bytes]:
+        silent.wait(30)
+        yield from ()
+
+    with grpc.insecure_channel(net.hub.address) as channel:
+        submit = channel.stream_unary(f"/{SERVICE}/Submit")
+        calls = [submit.future(nothing()) for _ in range(300)]  # there are 208 threads
+        net.join("a")
+        assert names(list(net.ask("a"))) == [1]
+        silent.set()
+        ends = [call.code() for call in calls]
+    assert ends.count(grpc.StatusCode.RESOURCE_EXHAUSTED) >= 290
+
+
 def test_a_full_spool_ends_the_exchange_with_one_error(net: Any) -> None:
     net.serve()
     net.folder.rmdir()
@@ -501,7 +519,7 @@ def test_a_servers_certificate_is_no_clients(net: Any, certificates: Any) -> Non
 
 
 def test_plain_text_stays_on_this_machine(net: Any) -> None:
-    offer = Offer(run="r", experiment_hash="", facts={})
+    offer = Offer(run="0" * 32, experiment_hash="", facts={})
     for listen in ("0.0.0.0:0", "[::]:0"):
         with pytest.raises(InputError, match="plain text"):
             Hub(listen, offer, net.doorman, net.folder)
@@ -510,7 +528,7 @@ def test_plain_text_stays_on_this_machine(net: Any) -> None:
 def test_a_port_that_is_taken_is_an_error(net: Any) -> None:
     address = net.serve().address
     with pytest.raises(InputError, match="cannot listen"):
-        Hub(address, Offer(run="r", experiment_hash="", facts={}), net.doorman, net.folder)
+        Hub(address, Offer(run="0" * 32, experiment_hash="", facts={}), net.doorman, net.folder)
 
 
 # What can be seen

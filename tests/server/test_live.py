@@ -1,6 +1,7 @@
 """Rounds over clients that take a time of their own: who answers first is used."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -91,10 +92,13 @@ class Hall:
         order: of the node ids, of which the first at work answers next.
         slow: one that is passed over `times` times.
         away: those of which nothing is heard.
+        bad: those that send what cannot be used.
     """
 
-    def __init__(self, order: Sequence[int], slow: int = 0, times: int = 0, away: Sequence[int] = ()) -> None:
-        self._order, self._slow, self._times, self._away = order, slow, times, away
+    def __init__(
+        self, order: Sequence[int], slow: int = 0, times: int = 0, away: Sequence[int] = (), bad: Sequence[int] = ()
+    ) -> None:
+        self._order, self._slow, self._times, self._away, self._bad = order, slow, times, away, bad
         self._at_work: dict[int, Message] = {}
 
     def run(self, messages: Sequence[Message]) -> Iterator[Message]:
@@ -109,7 +113,9 @@ class Hall:
                 yield Message(Error(flower.CLIENT_AWAY, "no progress"), reply_to=message)
                 continue
             number = wire.instruction(message).round_number
-            update = wire.Update(f"c{node}", number, {"w": torch.tensor([1.0])}, 1, {"loss": 1.0})
+            update = wire.Update(
+                f"c{node}", number, {"w": torch.tensor([math.nan if node in self._bad else 1.0])}, 1, {"loss": 1.0}
+            )
             yield Message(wire.update_content(update), reply_to=message)
 
 
@@ -133,6 +139,12 @@ def test_a_round_ends_with_the_first_who_answer(tmp_path: Path) -> None:
     (record,) = run(tmp_path, Hall([3, 1, 4, 2]), fedavg(), 1, per_round=2, over_selection=2.0)
     assert record.participants == ["c1", "c3"]  # the sum is in client order all the same
     assert record.late == ["c2", "c4"]
+
+
+def test_what_the_gate_refuses_does_not_fill_a_round(tmp_path: Path) -> None:
+    (record,) = run(tmp_path, Hall([3, 1, 4, 2], bad=[3, 1]), fedavg(), 1, per_round=2, over_selection=2.0)
+    assert record.participants == ["c2", "c4"]
+    assert sorted(record.quarantined) == ["c1", "c3"]
 
 
 def test_a_buffer_takes_what_comes_whatever_round_it_started_in(tmp_path: Path) -> None:

@@ -330,10 +330,10 @@ def test_own_images_are_not_scaled_by_what_they_hold(file: Path, simulated: Call
 def test_an_account_that_was_taken_away_is_missed(
     text: str, account: str, file: Path, simulated: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop_in_round_2(server: Server, seen: Any, replies: object) -> object:
+    def stop_in_round_2(server: Server, turn: Any, seen: Any, *rest: Any) -> object:
         if seen.number == 2:
             raise KeyboardInterrupt
-        return counted(server, seen, replies)
+        return counted(server, turn, seen, *rest)
 
     counted = Server._counted
     file.write_text(text)
