@@ -17,7 +17,7 @@ demo: $(STAMP)  ## A federated model learns on real data; ends with the path of 
 	.venv/bin/fedtrain simulate examples/demo.toml --out runs/demo
 
 test: $(STAMP)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist worksteal
 
 check: $(STAMP)  ## Format, lint, strict types, import direction.
 	.venv/bin/ruff format --check .

@@ -52,8 +52,6 @@ def test_a_connection_that_breaks_in_mid_chunk(deployment: Any, proxy: Any, way:
     client.ends(0)
     assert proxy.connections > 1
     assert asked(client) == 3
-    if way == "down":  # what had come is not sent again
-        assert proxy.passed["down"] < 4_300_000
     everybody_counted_once(deployment)
 
 
