@@ -16,7 +16,17 @@ from fedtrain import __version__
 from fedtrain.cli.ca import app as ca_app
 from fedtrain.cli.client import app as client_app
 from fedtrain.cli.data import app as data_app
-from fedtrain.cli.options import AsJson, DataRoot, ExperimentFile, Out, Overrides, Quiet, RunArgument, folders
+from fedtrain.cli.options import (
+    AsJson,
+    DataRoot,
+    ExperimentFile,
+    Out,
+    Overrides,
+    Quiet,
+    RunArgument,
+    folders,
+    refuse_what_does_nothing,
+)
 from fedtrain.cli.privacy import app as privacy_app
 from fedtrain.cli.terminal import say
 from fedtrain.errors import FedtrainError, InputError
@@ -44,6 +54,7 @@ class _Runtime(Enum):
     flower = "flower"
 
 
+_PATIENCE = {_Runtime.own: 60.0, _Runtime.flower: 3600.0}  # a fleet's is for a whole round: flwr tells of no progress
 _INTERRUPTED = 130  # typer returns it for a KeyboardInterrupt of its own
 
 app = typer.Typer(
@@ -181,6 +192,7 @@ def simulate(
 
 @app.command()
 def server(
+    context: typer.Context,
     experiment_file: ExperimentFile,
     overrides: Overrides = None,
     out: Out = None,
@@ -208,8 +220,14 @@ def server(
     ] = None,
     wait: Annotated[float | None, typer.Option("--wait", min=0, help="Seconds to wait for them; no end.")] = None,
     patience: Annotated[
-        float, typer.Option("--patience", min=0.1, help="Seconds without progress until a round goes on without.")
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            "--patience",
+            min=0.1,
+            help="Seconds without progress until a round goes on without; 60. With --runtime flower, where nobody "
+            "tells of progress, seconds that a round may take; 3600.",
+        ),
+    ] = None,
     max_clients: Annotated[int, typer.Option("--max-clients", min=1, help="Clients at once.")] = 64,
     metrics: Annotated[
         int | None, typer.Option("--metrics", min=0, help="Port on this machine for Prometheus.", show_default=False)
@@ -240,42 +258,43 @@ def server(
     from fedtrain.experiment import load
     from fedtrain.link.handshakes import watched
 
+    refuse_what_does_nothing(context, fleet=runtime is _Runtime.flower)
     experiment = load(experiment_file, overrides or ())
     base, root = folders(experiment_file, experiment, data_root)
+    folder = run_folder(experiment, out)
+    patience = patience or _PATIENCE[runtime]
     if runtime is _Runtime.flower:
         from fedtrain.cli.running import carry_out
         from fedtrain.fleet.run import Fleet, run_on_flower
         from fedtrain.simulations.run import Places, sigterm_interrupts
 
-        places = Places(base, run_folder(experiment, out).path, root)
         fleet = Fleet(superlink, ca, insecure, patience=patience)
 
         def run(observer: RunObserver) -> None:
             with sigterm_interrupts():
-                run_on_flower(experiment, places, observer, fleet)
+                run_on_flower(experiment, Places(base, folder.path, root), observer, fleet)
 
-        carry_out(experiment, run_folder(experiment, out), run, quiet=quiet, as_json=as_json)
+        carry_out(experiment, folder, run, quiet=quiet, as_json=as_json)
         return
     with watched():  # before gRPC is imported
         from fedtrain.cli.server import ServerOptions, serve_experiment
         from fedtrain.simulations.run import Places
 
         options = ServerOptions(
-            "127.0.0.1:0" if with_clients else listen,
-            enrol,
-            ca,
-            hosts or (),
-            own_data,
-            min_clients,
-            wait,
-            patience,
-            max_clients,
-            metrics,
-            with_clients,
-            insecure,
+            listen="127.0.0.1:0" if with_clients else listen,
+            enrol=enrol,
+            authority=ca,
+            hosts=hosts or (),
+            own_data=own_data,
+            min_clients=min_clients,
+            wait=wait,
+            patience=patience,
+            max_clients=max_clients,
+            metrics=metrics,
+            with_clients=with_clients,
+            insecure=insecure,
         )
-        places = Places(base, run_folder(experiment, out).path, root)
-        serve_experiment(experiment, places, options, quiet=quiet, as_json=as_json)
+        serve_experiment(experiment, Places(base, folder.path, root), options, quiet=quiet, as_json=as_json)
 
 
 @app.command()
@@ -289,7 +308,7 @@ def stop(
 
     from fedtrain.rundir import RunFolder
 
-    folder = RunFolder.open(run)
+    folder = RunFolder(run)
     if (process := folder.holder()) is None:
         raise InputError("nothing is running in this folder", got=str(run))
     if now:

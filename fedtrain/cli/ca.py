@@ -23,6 +23,7 @@ __all__ = ["app", "enroll"]
 app = typer.Typer(help="Decide who takes part: invite, certify and revoke sites.", no_args_is_help=True)
 
 _DEFAULT = Path("ca")
+_OVER = ("revoked", "expired")
 _UNITS = {"d": "days", "h": "hours", "m": "minutes"}
 
 Folder = Annotated[Path, typer.Option("--ca", metavar="DIR", help="The authority's folder.")]
@@ -89,9 +90,9 @@ def list_(
     if not rows:
         say(f"Nobody yet. Invite a site: fedtrain ca invite NAME --server HOST:7444{_chosen(ca)}")
         return
-    typer.echo(f"{'name':24} {'kind':10} {'state':8} since or until")
+    typer.echo(f"{'name':24} {'kind':10} {'state':8} time")
     for name, kind, state, moment in rows:
-        typer.echo(f"{name:24} {kind:10} {state:8} {_minute(moment)}")
+        typer.echo(f"{name:24} {kind:10} {state:8} {'since' if state in _OVER else 'until'} {_minute(moment)}")
 
 
 @app.command()
@@ -119,11 +120,13 @@ def enroll(token: str, identity_folder: Path) -> None:
     """Redeem a token and tell what comes next.
 
     Raises:
-        InputError: the token is not valid, the server refuses, or the folder has a valid identity.
+        InputError: the token is not valid, the server refuses, or the folder is none or has a valid identity.
         RunError: the server does not answer, or the folder cannot be written.
     """
     from fedtrain.link.enrolment import enrol
 
+    if identity_folder.exists() and not identity_folder.is_dir():
+        raise InputError("--identity is no folder", got=str(identity_folder), hint="Name a folder, or none: it is made")
     identity = enrol(token, identity_folder)
     say(f"Enrolled as {identity.name}, until {_minute(identity.not_after)}. The key in {identity_folder} stays here.")
     say("Next, take part: fedtrain client --server HOST:PORT --data PATH")

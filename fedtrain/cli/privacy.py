@@ -166,11 +166,18 @@ def _read(folder: Path, epsilon_of: EpsilonOf) -> tuple[list[Book], dict[str, Le
     seeded = promised is not None and promised.seeded
     paths = [] if seeded else ledgers(place)
     if not paths:
+        hint = None
+        if seeded:
+            hint = "NOT PRIVATE: this run's noise follows from a seed, and it keeps none"
+        elif promised is not None and run.roster.exists():
+            where = "here" if run.local_clients.is_dir() else "on its own machine, in its --home"
+            home = run.local_clients / "NAME" if run.local_clients.is_dir() else "HOME"
+            hint = f"Each client of this run keeps its own, {where}: fedtrain privacy status {home}"
         raise InputError(
             "there are no privacy ledgers here",
             got=str(folder),
             expected="a folder with some, or a private run's",
-            hint="NOT PRIVATE: this run's noise follows from a seed, and it keeps none" if seeded else None,
+            hint=hint,
         )
     books: list[Book] = []
     damaged: dict[str, LedgerError] = {}

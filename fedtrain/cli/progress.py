@@ -192,6 +192,8 @@ class _Live(RunObserver):
 
     def clients(self, members: Sequence[Member]) -> None:
         self._progress.members = members
+        if self._progress.tasks[0].total is None:
+            self._progress.update(self._task, description="waiting for clients")
 
     def _show(self, round_number: int) -> None:
         in_flight = f"{self._asked - self._answered}/{self._asked} clients in flight"

@@ -11,7 +11,7 @@ import typer
 
 from fedtrain.cli.progress import RunObserver, make_observer
 from fedtrain.cli.terminal import say
-from fedtrain.errors import FedtrainError, InterruptedRunError, MissingExtraError, RunError
+from fedtrain.errors import FedtrainError, InputError, InterruptedRunError, MissingExtraError, RunError
 from fedtrain.experiment import identity, load
 from fedtrain.experiment.sections import Experiment
 from fedtrain.report.view import RunView
@@ -36,7 +36,12 @@ def carry_out(
         run: does it, and tells the observer.
         quiet: print only the report's path.
         as_json: print JSON lines.
+
+    Raises:
+        FedtrainError: as `run`; or both `quiet` and `as_json`.
     """
+    if quiet and as_json:
+        raise InputError("--quiet and --json are two ways to print a run", hint="Leave one of them out")
     complete_before = folder.manifest.exists() and folder.read_manifest().status == "complete"
     with make_observer(experiment, quiet=quiet, as_json=as_json) as observer:
         observer.opening(folder.path)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from fedtrain.cli.members import watching
 from fedtrain.cli.progress import RunObserver
@@ -18,7 +19,7 @@ from fedtrain.cli.running import carry_out
 from fedtrain.deployment.metrics import Metrics
 from fedtrain.deployment.server import Listening, Opened, serve
 from fedtrain.deployment.terms import code_of
-from fedtrain.errors import InputError
+from fedtrain.errors import DataError, InputError
 from fedtrain.experiment.sections import Experiment
 from fedtrain.link.authority import Authority
 from fedtrain.link.enrolment import add_renewal, server_credentials, serving
@@ -77,7 +78,11 @@ def serve_experiment(
         options: of the command line.
         quiet: print only the report's path.
         as_json: print JSON lines.
+
+    Raises:
+        FedtrainError: as `serve`; or the options do not fit each other or the experiment.
     """
+    _refuse_at_once(experiment, places, options)
     with contextlib.ExitStack() as stack:
         authority, scratch = None, Path()
         if options.with_clients:
@@ -95,6 +100,8 @@ def serve_experiment(
 
             @contextlib.contextmanager
             def opened(to: Opened) -> Iterator[None]:
+                if to.names:
+                    _refuse_who_cannot_come(len(to.names), options)
                 with contextlib.ExitStack() as inside:
                     if authority:
                         add_renewal(to.hub.server, authority)
@@ -112,18 +119,75 @@ def serve_experiment(
                     yield
 
             listening = Listening(
-                options.listen,
-                door,
-                options.min_clients,
-                options.wait,
-                options.own_data,
-                options.patience,
-                opened,
+                address=options.listen,
+                door=door,
+                min_clients=options.min_clients,
+                wait=options.wait,
+                own_data=options.own_data,
+                patience=options.patience,
+                opened=opened,
             )
             with _logged(observer):
                 serve(experiment, places, metrics, listening)
 
         carry_out(experiment, RunFolder(places.out), run, quiet=quiet, as_json=as_json)
+
+
+def _refuse_at_once(experiment: Experiment, places: Places, options: ServerOptions) -> None:
+    """Say what is wrong with the options before there is a folder or a port is open."""
+    section, folder = experiment.data, RunFolder(places.out)
+    most = max(options.min_clients or 0, options.with_clients)
+    if options.max_clients < most:
+        _refuse_too_many(most, options)
+    if options.own_data:
+        if options.with_clients:
+            raise InputError("--with-clients starts clients without data of their own", hint="Leave out --own-data")
+        if section.name is not None and ":" not in section.name:
+            raise DataError(
+                "clients with data of their own have no built-in data set",
+                got=section.name,
+                hint="Say how to read their files, with data.path and data.target, or leave out --own-data",
+            )
+        if section.scaling == "pooled":
+            raise DataError(
+                "clients with data of their own have no pooled scaling",
+                hint='Set data.scaling = "client", or give numbers: { mean = [...], std = [...] }',
+            )
+        if options.min_clients is None and not folder.roster.exists():
+            raise InputError(
+                "how many clients will come is not known",
+                hint="Where clients bring their own data, say for how many to wait: --min-clients N",
+            )
+    elif section.path is not None and not folder.manifest.exists():
+        path = (places.base / Path(section.path).expanduser()).resolve()
+        if not path.exists():
+            raise DataError(
+                "there is no such file or folder",
+                got=str(path),
+                hint="data.path is relative to the experiment file. If clients bring their own data: --own-data",
+            )
+
+
+def _refuse_who_cannot_come(clients: int, options: ServerOptions) -> None:
+    """Make sure that as many of the experiment's clients can be there as are waited for."""
+    least = options.min_clients or clients
+    if least > clients:
+        raise InputError(
+            "more clients are waited for than the data are spread over",
+            got=f"--min-clients {least}",
+            expected=f"at most {clients}",
+        )
+    if least > options.max_clients:
+        _refuse_too_many(least, options)
+
+
+def _refuse_too_many(least: int, options: ServerOptions) -> NoReturn:
+    raise InputError(
+        f"{least} clients are waited for, and not so many may be there at once",
+        got=f"--max-clients {options.max_clients}",
+        expected=f"at least {least}",
+        hint="Set --max-clients or --min-clients",
+    )
 
 
 @contextlib.contextmanager
@@ -136,10 +200,12 @@ def _logged(observer: RunObserver) -> Iterator[None]:
 
     logger, handler = logging.getLogger("fedtrain"), Notices(logging.WARNING)
     logger.addHandler(handler)
+    logger.propagate = False  # libraries set up the root logger, and it would be told twice
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.propagate = True
 
 
 @dataclass(frozen=True)
@@ -163,7 +229,8 @@ class _LocalClients:
             )
         logs = RunFolder(self.places.out).local_clients
         logs.mkdir(exist_ok=True)
-        to.observer.notice(f"{count} clients are started on this machine; they log to {logs}")
+        who = "1 client is" if count == 1 else f"{count} clients are"
+        to.observer.notice(f"{who} started on this machine; logs are in {logs}")
         processes = [self._start(name, to.hub.address, logs) for name in to.names]
         try:
             yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -85,8 +84,13 @@ class FleetEngine:
             else:
                 asked.append(message)
                 sent.append(self._addressed(plain(message.content, known), node, message.metadata))
+        answered = 0
         for position, answer in self._answers(sent, self._patience):
+            answered += 1
             yield _reply(answer.error if answer.has_error() else answer.content, asked[position])
+        if answered < len(asked):
+            took = f"in {self._patience:g} seconds: --patience is for a whole round here"
+            self._notice(f"{answered} of {len(asked)} clients have answered {took}")
 
     def _meet(self) -> None:
         """Ask SuperNodes that are new whose they are; note which are alive."""
@@ -131,7 +135,7 @@ class FleetEngine:
         )
         return flower.message(content, metadata)
 
-    def _answers(self, sent: list[Message], seconds: float | None) -> Iterator[tuple[int, Message]]:
+    def _answers(self, sent: list[Message], seconds: float) -> Iterator[tuple[int, Message]]:
         """Send messages; yield what came back, one at a time, each with the position of what it answers."""
         if not sent:
             return
@@ -140,7 +144,7 @@ class FleetEngine:
             raise RunError("the SuperLink did not take a message", hint="Its own log says why")
         sent.clear()  # the SuperLink holds them now
         waiting = dict(zip(ids, itertools.count()))
-        end = math.inf if seconds is None else time.monotonic() + seconds
+        end = time.monotonic() + seconds
         while waiting:
             for message_id in list(waiting):
                 for answer in self._grid.pull_messages([message_id]):

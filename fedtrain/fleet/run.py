@@ -36,17 +36,18 @@ class Fleet:
 
     Attributes:
         address: HOST:PORT of a SuperLink; None: a fleet of our own on loopback, with a SuperNode for each client.
-        authority: file with the certificate of the authority that signed the SuperLink's, in PEM; None: the system's.
+        authority: file with the certificate of the authority that signed the SuperLink's, in PEM, or the authority's
+            folder; None: the system's.
         insecure: without TLS, also beyond loopback.
         wait: seconds to wait for SuperNodes of all clients before the first round.
-        patience: seconds to wait for the replies of a round; None: until the SuperLink calls their nodes dead.
+        patience: seconds that a round waits for replies in all; flwr tells of no progress.
     """
 
     address: str | None = None
     authority: Path | None = None
     insecure: bool = False
     wait: float = 60.0
-    patience: float | None = None
+    patience: float = 3600.0
 
 
 def run_on_flower(experiment: Experiment, places: Places, observer: Observer, fleet: Fleet) -> RunFolder:
@@ -152,11 +153,14 @@ def _control(fleet: Fleet, address: str) -> Control:
         on_loopback = False
     if fleet.insecure and fleet.authority:
         raise InputError("there is no use for an authority's certificate without TLS", hint="Give one of the two")
+    path = fleet.authority
     try:
-        authority = fleet.authority.read_bytes() if fleet.authority else None
+        if path is not None and path.is_dir():
+            path /= "certificate.pem"
+        authority = path.read_bytes() if path else None
         return Control(address, authority, plain=fleet.insecure or (on_loopback and authority is None))
     except (OSError, ValueError) as error:  # no such file, or no certificate
-        raise InputError("the authority's certificate cannot be read", got=error) from error
+        raise InputError("the authority's certificate cannot be read", got=str(error)) from error
 
 
 def _mark(scratch: Path) -> str:

@@ -60,7 +60,7 @@ class RunSettings(_Settings):
         data_root: folder of the built-in data sources there.
         mark: tells what clients keep in this run from what they keep in others; "" where they serve this run alone.
         wait: seconds to wait for SuperNodes of all clients before the first round.
-        patience: seconds to wait for the replies of a round; None: until the SuperLink calls their nodes dead.
+        patience: seconds that a round waits for replies in all.
     """
 
     experiment: str
@@ -69,7 +69,7 @@ class RunSettings(_Settings):
     data_root: str | None = None
     mark: str = Field(default="", pattern=r"^([0-9a-f]{32})?$")
     wait: float = 60.0
-    patience: float | None = None
+    patience: float = 3600.0
 
     def read_experiment(self) -> Experiment:
         """Read the experiment.

@@ -68,6 +68,7 @@ def test_from_nothing_to_a_member_and_out_again(address: str, capsys: pytest.Cap
         enroll(token, Path("elsewhere"))
     assert said("revoke", "north").startswith("Revoked north: 1 valid certificate;")
     assert ("north", "client", "revoked") in entries()
+    assert re.search("^north +client +revoked +since ", said("list"), re.M)
 
 
 def test_each_command_tells_the_next() -> None:
@@ -116,6 +117,7 @@ def test_a_new_token_replaces_the_open_one() -> None:
     first, second = (invited("north", "localhost:7444") for _ in range(2))
     assert first != second
     assert [line.split()[:3] for line in said("list").splitlines()[1:]] == [["north", "invitation", "open"]]
+    assert said("list").splitlines()[1].split()[3] == "until"
     assert invited("north", "localhost:7444", "--replace")
 
 
@@ -123,3 +125,9 @@ def test_a_narrow_table() -> None:
     said("init")
     invited("n" * 24, "localhost:7444")
     assert max(map(len, said("list").splitlines())) <= 80
+
+
+def test_an_identity_is_a_folder() -> None:
+    Path("identity").touch()
+    with pytest.raises(InputError, match="--identity is no folder: got identity"):
+        enroll("token", Path("identity"))

@@ -171,6 +171,20 @@ def test_no_ledger_there(command: str, tmp_path: Path) -> None:
         assert str(error).startswith("there are no privacy ledgers here: got ")
 
 
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [("roster.json", r"on its own machine, in its --home: fedtrain privacy status HOME$"), ("local-clients", "/NAME$")],
+)
+def test_the_ledgers_of_a_deployed_run_are_its_clients(made: str, told: str, tmp_path: Path) -> None:
+    deployed = private_run(tmp_path / "run", "ledgers")
+    (deployed / "roster.json").write_text("{}")
+    if made == "local-clients":
+        (deployed / made).mkdir()
+    error = run("status", deployed).exception
+    assert error.exit_code == 2
+    assert re.search(f"Each client of this run keeps its own, .*{told}", str(error))
+
+
 @pytest.mark.parametrize("command", ["status", "verify", "export"])
 def test_a_ledger_that_is_held_is_read_and_nothing_is_changed(command: str, folder: Path) -> None:
     before = content(folder)

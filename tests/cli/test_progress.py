@@ -47,10 +47,9 @@ def test_json_lines_carry_epsilon(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["epsilon"] == 3.2146
 
 
-@pytest.mark.parametrize(("columns", "room"), [("80", False), ("120", True)])
-def test_a_terminal_shows_epsilon_above_the_live_line_and_in_it_where_there_is_room(
-    monkeypatch: pytest.MonkeyPatch, columns: str, room: bool
-) -> None:
+def terminal(monkeypatch: pytest.MonkeyPatch, columns: str) -> io.StringIO:
+    """Stand in for standard output."""
+
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -59,6 +58,14 @@ def test_a_terminal_shows_epsilon_above_the_live_line_and_in_it_where_there_is_r
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setenv("TERM", "xterm")
+    return screen
+
+
+@pytest.mark.parametrize(("columns", "room"), [("80", False), ("120", True)])
+def test_a_terminal_shows_epsilon_above_the_live_line_and_in_it_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, columns: str, room: bool
+) -> None:
+    screen = terminal(monkeypatch, columns)
     with make_observer(SECRET, quiet=False, as_json=False) as observer:
         observer.round_started(2, 10)
         observer.round_finished(PRIVATE)
@@ -67,3 +74,15 @@ def test_a_terminal_shows_epsilon_above_the_live_line_and_in_it_where_there_is_r
     assert "round 2/8  test accuracy 0.5000  epsilon 3.21\n" in above
     assert "accuracy 0.5000" in live
     assert ("epsilon 3.21" in live) == room
+
+
+def test_before_the_first_round_a_server_waits_for_its_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = terminal(monkeypatch, "80")
+    with make_observer(SECRET, quiet=False, as_json=False) as observer:
+        observer.clients(())
+    assert "waiting for clients" in screen.getvalue()
+    screen = terminal(monkeypatch, "80")
+    with make_observer(SECRET, quiet=False, as_json=False) as observer:
+        observer.round_started(1, 10)
+        observer.clients(())
+    assert "waiting for clients" not in screen.getvalue()

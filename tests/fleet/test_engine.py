@@ -186,6 +186,7 @@ def test_a_silent_node_is_waited_for_no_longer_than_the_patience(notices: list[s
     grid = SimulationGrid(FleetEngine(fleet, NAMES, settings(patience=0.05), notices.append), 3)
     fleet.mute = {701}
     assert updates_of(replies(grid)) == {1: "a", 3: "c"}
+    assert notices == ["2 of 3 clients have answered in 0.05 seconds: --patience is for a whole round here"]
 
 
 def test_a_message_that_the_superlink_does_not_take_ends_the_run(

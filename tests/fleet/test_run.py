@@ -11,6 +11,7 @@ from fedtrain.experiment.sections import Experiment
 from fedtrain.fleet import run as ours
 from fedtrain.fleet.control import Outcome
 from fedtrain.fleet.run import Fleet, run_on_flower
+from fedtrain.link.authority import Authority
 from fedtrain.simulations.run import Places, simulate
 
 pytest.importorskip("sklearn")
@@ -154,5 +155,13 @@ def test_an_authority_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("none")
     with pytest.raises(InputError, match="authority's certificate cannot be read"):
         ours._control(fleet, "10.0.0.1:9")
+    with pytest.raises(InputError, match=r"cannot be read: got .*No such file"):
+        ours._control(replace(fleet, authority=tmp_path), "10.0.0.1:9")
     with pytest.raises(InputError, match="Give one of the two"):
         ours._control(replace(fleet, insecure=True), "10.0.0.1:9")
+
+
+def test_an_authority_is_also_named_by_its_folder(tmp_path: Path) -> None:
+    Authority.init(tmp_path / "ca")
+    with ours._control(Fleet(address="127.0.0.1:9", authority=tmp_path / "ca"), "127.0.0.1:9") as control:
+        assert control._client._base_url == "https://127.0.0.1:9"
