@@ -162,7 +162,7 @@ def soak(options: argparse.Namespace, folder: Path) -> list[str]:
     names = [f"site-{number}" for number in range(options.clients)]
     doorman, log = Doorman(), folder / "accepted"
     log.touch()
-    offer, door = Offer(run="soak", experiment_hash="0", facts={}), Door(max_clients=options.clients)
+    offer, door = Offer(run="0" * 32, experiment_hash="0", facts={}), Door(max_clients=options.clients)
     faults: list[str] = []
     memory: list[float] = []
     with Hub("127.0.0.1:0", offer, doorman, folder, door) as hub:

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedtrain.cli.terminal import say
-from fedtrain.errors import InputError, InterruptedRunError
+from fedtrain.errors import InputError, InterruptedRunError, shorten
 
 if TYPE_CHECKING:
+    import grpc
+
     from fedtrain.deployment.session import Dial
     from fedtrain.deployment.site import Owner
     from fedtrain.link.identity import Identity
@@ -28,6 +30,7 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Take part with your own data in what a server runs.", invoke_without_command=True)
 
+_LOG = logging.getLogger("fedtrain.client")
 _IDENTITY = Path("identity")
 _RENEWAL_SECONDS = 3600.0  # between two looks whether the certificate is due
 
@@ -89,29 +92,27 @@ def client(
         raise InputError(
             "a client needs a server and data", hint="Try: fedtrain client --server HOST:PORT --data PATH; or --help"
         )
-    if not data.exists():
-        raise InputError("there is no such file or folder", got=str(data), hint="--data names this client's own data")
+    _refuse_missing(data, policy, code)
     from fedtrain.deployment.session import Client, Dial
     from fedtrain.deployment.site import Owner
+    from fedtrain.link.identity import Identity
 
-    name, credentials = insecure, None
-    if insecure is None:
-        name = _valid(identity).name
-        threading.Thread(target=_stay_valid, args=(identity, server), daemon=True).start()
-
-        def credentials() -> object:
-            return _valid(identity, server).channel_credentials()
-
+    own = None if insecure is not None else Identity.load(identity)
+    name = own.name if own else insecure
     assert name, "it has one from either"
     owner = Owner(name, data, home or Path(name), share, device, policy, tuple(allow_code or ()), code)
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    dial = Dial(server, credentials, once)
+    certificate = _Certificate(identity, server) if own else None
+    dial = Dial(server, certificate.credentials if certificate else None, once)
     with _stopping():
         if check:
-            _check(owner, dial)
+            _check(owner, dial, own)
             return
-        Client(owner, dial, _say).run()
+        taking_part = Client(owner, dial, _say)
+        if certificate:
+            threading.Thread(target=certificate.watch, args=(taking_part.reconnect,), daemon=True).start()
+        taking_part.run()
 
 
 @app.command()
@@ -125,24 +126,76 @@ def enroll(
     redeem(token, identity)
 
 
-def _valid(folder: Path, server: str | None = None) -> Identity:
-    """Load the identity; in the last third of its life, have the server certify it anew if that can be reached."""
-    from fedtrain.link.enrolment import renew
-    from fedtrain.link.identity import Identity
+class _Certificate:
+    """What this client shows; in the last third of its life the server is asked to certify it anew.
 
-    own = Identity.load(folder)
-    if server and own.renew_due():
-        with contextlib.suppress(Exception):  # there are more occasions
-            return renew(folder, server)
-    return own
+    Args:
+        folder: of the identity.
+        server: "host:port" to ask.
+    """
+
+    def __init__(self, folder: Path, server: str) -> None:
+        self._folder, self._server = folder, server
+        self._lock = threading.Lock()
+        self._shown, self._trouble = 0, ""
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Make them of the certificate that is in force now.
+
+        Raises:
+            InputError: it is missing, damaged or expired.
+        """
+        own = self._current()
+        self._shown = own.serial
+        return own.channel_credentials()
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Look after the certificate also while one connection lasts for weeks; never returns.
+
+        Args:
+            changed: is called while the connection shows another certificate than the one in force.
+        """
+        while True:
+            time.sleep(_RENEWAL_SECONDS)
+            try:
+                own = self._current()
+            except Exception as error:
+                self._warn(f"the certificate cannot be used: {shorten(str(error), 500)}")
+            else:
+                if own.serial != self._shown:
+                    changed()
+
+    def _current(self) -> Identity:
+        from fedtrain.link.enrolment import renew
+        from fedtrain.link.identity import Identity
+
+        with self._lock:
+            own = Identity.load(self._folder)
+            if own.renew_due():
+                try:
+                    own = renew(self._folder, self._server)
+                except Exception as error:  # there are more occasions
+                    ends = f"{own.not_after:%Y-%m-%d %H:%M} UTC"
+                    self._warn(f"the certificate, which ends on {ends}, is not renewed: {shorten(str(error), 500)}")
+                else:
+                    self._trouble = ""
+            return own
+
+    def _warn(self, trouble: str) -> None:
+        """Tell a trouble once for as long as it stays the same."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            _LOG.warning("%s", trouble)
 
 
-def _stay_valid(folder: Path, server: str) -> None:
-    """Look after the certificate also while one connection lasts for weeks."""
-    while True:
-        time.sleep(_RENEWAL_SECONDS)
-        with contextlib.suppress(Exception):
-            _valid(folder, server)
+def _refuse_missing(data: Path, policy: Path | None, code: Path) -> None:
+    """Refuse paths that lead nowhere before anything is loaded."""
+    if not data.exists():
+        raise InputError("there is no such file or folder", got=str(data), hint="--data names this client's own data")
+    if policy is not None and not policy.is_file():
+        raise InputError("there is no such policy file", got=str(policy), hint="--policy names what you allow")
+    if not code.is_dir():
+        raise InputError("there is no such folder of code", got=str(code), hint="--code names the folder of your files")
 
 
 def _end_with(parent: int) -> None:
@@ -152,12 +205,13 @@ def _end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _check(owner: Owner, dial: Dial) -> None:
+def _check(owner: Owner, dial: Dial, own: Identity | None) -> None:
     """Print a preflight; exit code 1 if something is wrong."""
     from fedtrain.deployment.check import preflight
 
     fine = True
-    for what, ok, text in preflight(owner, dial):
+    dates = (own.not_before, own.not_after) if own else None
+    for what, ok, text in preflight(owner, dial, dates):
         say(f"{'ok  ' if ok else 'FAIL'} {what:11} {text}", indent=17)
         fine &= ok
     if not fine:

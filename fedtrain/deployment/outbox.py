@@ -61,6 +61,14 @@ class Outbox:
             if int(path.name.partition("-")[0]) <= round_number:
                 path.unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Remove all updates: nobody will ask for them again."""
+        try:
+            for path in self._folder.glob("*.update"):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            _LOG.warning("finished updates stay in %s: %s", self._folder, error)
+
     def _path(self, task: Task) -> Path:
         digest = hashlib.sha256(f"{task.kind} {task.group} {task.checksum}".encode()).hexdigest()
         return self._folder / f"{int(task.group):07d}-{digest[:32]}.update"

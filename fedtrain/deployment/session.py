@@ -18,6 +18,7 @@ import fedtrain
 from fedtrain import flower, wire
 from fedtrain.deployment.site import Assembly, Owner, assemble
 from fedtrain.errors import ConnectionLostError, FedtrainError, InputError, LinkError, RefusedError, RunError, shorten
+from fedtrain.importing import blame
 from fedtrain.link.channel import Link, Partial, Task, connect
 from fedtrain.link.control import Hello, Offer
 from fedtrain.link.frames import Packed, pack
@@ -63,14 +64,21 @@ class Client:
         self._link: Link | None = None
         self._task: Task | None = None
         self._text, self._steps, self._told = "", 0, 0.0
-        self._pause = threading.Event()
+        self._pause, self._stale = threading.Event(), threading.Event()
         flower.enter_run(1)
+
+    def reconnect(self) -> None:
+        """Dial anew, with new credentials, as soon as no task is being worked on; from any thread."""
+        self._stale.set()
+        if link := self._link:
+            link.leave()
 
     def run(self) -> None:
         """Stay until the run is over (`once`), or for ever.
 
         Raises:
-            InputError: the server refuses this client for good, or the client cannot take part (`once`).
+            InputError: the server refuses this client for good, or its credentials cannot be had.
+            FedtrainError: the client cannot take part (`once`).
         """
         wait = _FIRST_WAIT
         while True:
@@ -82,6 +90,8 @@ class Client:
             except ConnectionLostError as error:
                 if self._link is not None:
                     wait = _FIRST_WAIT
+                if self._stale.is_set():
+                    continue
                 self._tell(f"waiting for {self._dial.server}: {error}")
             except RefusedError as error:
                 if error.final:
@@ -89,6 +99,10 @@ class Client:
                 self._tell(f"waiting: the server says: {shorten(error.reason, 300)}")
             except LinkError as error:  # what it sent makes no sense; it may be mended there
                 self._tell(f"waiting: {error}")
+            except FedtrainError:
+                raise
+            except Exception as error:  # a fault of ours, or of what the server sends; a later run may be spared
+                _LOG.error("this is a fault of fedtrain, which goes on: %s", blame(error))
             finally:
                 self._link = None
             self._pause.wait(wait * random.uniform(0.5, 1.0))  # noqa: S311 - so that clients do not come all at once
@@ -96,6 +110,7 @@ class Client:
 
     def _session(self) -> bool:
         """One connection, from hello to farewell; True if the run is over."""
+        self._stale.clear()
         credentials = self._dial.credentials() if self._dial.credentials else None
         with connect(self._dial.server, credentials, self._hello, self._partial) as link:
             self._tell("connected")
@@ -113,12 +128,16 @@ class Client:
                 return False
             link.ready(assembly.facts)
             self._link = link
+            if self._stale.is_set():  # since the credentials were made
+                link.leave()
             self._tell(f"takes part in run {link.offer.run[:8]}, waits for a task")
             for task in link.tasks():
                 self._work(task, assembly)
             farewell = link.farewell
             assert farewell, "tasks end with a farewell"
             self._tell(f"the server says: {shorten(farewell.reason, 300)}")
+            if not farewell.back:
+                assembly.outbox.clear()
             return not farewell.back
 
     def _assembly(self, offer: Offer) -> Assembly:

@@ -16,8 +16,8 @@ from fedtrain.client.state import ClientState
 from fedtrain.data.base import Examples
 from fedtrain.data.federated import PartitionedData, build
 from fedtrain.deployment.outbox import Outbox
-from fedtrain.deployment.terms import OWN_DATA, accepted, describe
-from fedtrain.errors import DataError
+from fedtrain.deployment.terms import OWN_DATA, accepted, check_told, describe
+from fedtrain.errors import DataError, InputError
 from fedtrain.experiment.partitions import IidPartition
 from fedtrain.experiment.privacy import SamplePrivacy
 from fedtrain.experiment.sections import Experiment, RunSection
@@ -30,7 +30,7 @@ from fedtrain.tasks.registry import check_task, make_task
 from fedtrain.training.device import find_device
 from fedtrain.training.loop import build_model
 
-__all__ = ["Assembly", "Owner", "assemble"]
+__all__ = ["Assembly", "Owner", "assemble", "own_device"]
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,14 @@ class Assembly:
         facts: for the server.
         outbox: of this run.
         limit: most bytes of an instruction's tensors.
+        budget: what the run costs, and what the owner allows, where each example is protected.
     """
 
     app: ClientApp
     facts: dict[str, Any]
     outbox: Outbox
     limit: int
+    budget: Budget | None = None
 
 
 def assemble(owner: Owner, offer: Offer, on_step: Callable[[], None] | None = None) -> Assembly:
@@ -92,6 +94,8 @@ def assemble(owner: Owner, offer: Offer, on_step: Callable[[], None] | None = No
     here = RunSection(threads=experiment.run.threads, device=owner.device, policy=policy, ledgers=ledgers)
     experiment = experiment.model_copy(update={"run": here})
     data = _own_data(experiment, owner)
+    if isinstance(experiment.privacy, SamplePrivacy) and experiment.data.name is None and not owner.share:
+        check_told(experiment.data, data.spec)
     torch.set_num_threads(experiment.run.threads)
     train = data.client(owner.name).train
     task = make_task(experiment.task, data.spec, owner.base)
@@ -102,14 +106,28 @@ def assemble(owner: Owner, offer: Offer, on_step: Callable[[], None] | None = No
     if protects and isinstance(protects.plan, SamplePlan):
         request = requests(experiment, offer.run, model)
         budget = Budget(protects.plan, request, protects.ledgers, protects.policy, data)
-    site = Site(owner.base, ClientState(folder.clients), find_device(owner.device), budget, on_step)
+    site = Site(owner.base, ClientState(folder.clients), own_device(owner), budget, on_step)
     size = sum(t.numel() * t.element_size() for t in exchanged(model).values())
     # Where a server has no rows, it needs the sizes also under privacy, whose plan takes them as public.
     hidden = isinstance(experiment.privacy, SamplePrivacy) and offer.facts.get(OWN_DATA) is not True
     examples = None if hidden else len(train)
     facts = {"data": describe(data), "device": str(site.device), "num_examples": examples}
     app = make_client_app(experiment, task, data, site)
-    return Assembly(app, facts, Outbox(folder.path / "outbox"), 3 * size + (1 << 20))
+    return Assembly(app, facts, Outbox(folder.path / "outbox"), 3 * size + (1 << 20), budget)
+
+
+def own_device(owner: Owner) -> torch.device:
+    """Find the device to train on.
+
+    Raises:
+        InputError: this machine has none of this name.
+    """
+    try:
+        return find_device(owner.device)
+    except InputError as error:
+        raise InputError(
+            error.what, got=f"--device {owner.device}", expected=error.expected, hint="Use --device cpu"
+        ) from error
 
 
 def _own_data(experiment: Experiment, owner: Owner) -> PartitionedData:

@@ -8,19 +8,22 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fedtrain.data.base import DataSpec
 from fedtrain.data.federated import PartitionedData
-from fedtrain.errors import LinkError, PolicyError, shorten
+from fedtrain.data.table import text_columns
+from fedtrain.errors import DataError, LinkError, PolicyError, shorten
 from fedtrain.experiment.load import identity
-from fedtrain.experiment.sections import Experiment, RunSection
+from fedtrain.experiment.sections import DataSection, Experiment, RunSection
 from fedtrain.experiment.strategies import OwnStrategy
 from fedtrain.link.control import Offer
 
-__all__ = ["OWN_DATA", "accepted", "code_of", "describe", "differences", "offer_for"]
+__all__ = ["OWN_DATA", "accepted", "check_told", "code_of", "describe", "differences", "offer_for"]
 
 OWN_DATA = "own_data"
 """Key of the offer's facts: the clients' rows are nowhere else."""
 
 _EXPERIMENT = "experiment"
+_MOST_THREADS = 1024
 
 
 def offer_for(experiment: Experiment, run: str, *, own_data: bool = False) -> Offer:
@@ -48,7 +51,7 @@ def accepted(offer: Offer, code: Collection[str]) -> Experiment:
 
     Raises:
         LinkError: it holds no experiment, or another than it says.
-        PolicyError: it names code that the owner has not allowed.
+        PolicyError: it names code that the owner has not allowed, or wants more threads than any machine has use for.
     """
     try:
         experiment = Experiment.model_validate(offer.facts.get(_EXPERIMENT))
@@ -64,6 +67,12 @@ def accepted(offer: Offer, code: Collection[str]) -> Experiment:
             got=", ".join(map(shorten, foreign)),
             hint=f"If it is installed here and you trust it: --allow-code {shorten(foreign[0])}",
         )
+    if experiment.run.threads > _MOST_THREADS:
+        raise PolicyError(
+            "the experiment asks for more threads than a client gives",
+            got=f"run.threads = {shorten(experiment.run.threads)}",
+            expected=f"at most {_MOST_THREADS}",
+        )
     clients = experiment.clients.model_copy(update={"tags": None, "where": {}})
     return experiment.model_copy(update={"clients": clients})
 
@@ -75,10 +84,45 @@ def code_of(experiment: Experiment) -> list[str]:
 
 
 def describe(data: PartitionedData) -> dict[str, Any]:
-    """Describe data so that a server can tell whether all clients have the same kind, and build the model from it."""
+    """Describe data so that a server can tell whether all clients have the same kind, and build the model from it.
+
+    The names of columns are told as they are; see `check_told` for what comes from rows.
+    """
     spec = asdict(data.spec)
     kind = {name: list(value) if isinstance(value, tuple) else value for name, value in spec.items()}
     return {**kind, "dtype": data.preparation.dtype}
+
+
+def check_told(section: DataSection, spec: DataSpec) -> None:
+    """Refuse to tell without noise what was found in the rows of a client's own file.
+
+    The description of the data holds the names of columns, the shape of the inputs and their dtype, and nothing that
+    depends on what stands in a row.
+
+    Args:
+        section: the experiment's [data].
+        spec: of the data as they were read.
+
+    Raises:
+        DataError: classes, texts or tokens are known from the rows alone.
+    """
+    private = "and privacy protects each row"
+    if spec.target == "class" and not section.classes:
+        raise DataError(
+            f"the classes would be told as they are found in the rows, {private}",
+            hint="Have the experiment name them all: data.classes",
+        )
+    if spec.target == "tokens":
+        raise DataError(
+            f"the number of tokens would be told as it is found in the rows, {private}",
+            hint="Have the experiment name a source or a loader with a fixed vocabulary: data.name",
+        )
+    if texts := text_columns(spec.feature_names):
+        raise DataError(
+            f"texts in columns would be told as they are found in the rows, {private}",
+            got=", ".join(sorted(texts)),
+            hint="Write them as numbers, or leave the columns out: data.drop",
+        )
 
 
 def differences(theirs: object, ours: dict[str, Any]) -> str | None:

@@ -210,6 +210,10 @@ class Link:
                 case other:
                     raise LinkError("a message came out of turn", got=other.type)
 
+    def leave(self) -> None:
+        """End `tasks`, as if the connection broke, after what is being worked on; from any thread."""
+        self._inbox.put(ConnectionLostError("this client leaves"))
+
     def wants_another(self, task: Task) -> bool:
         """Whether the server has asked something else, and waits for it."""
         return any(other is not task and not other.cancelled.is_set() for other in list(self._open.values()))
@@ -218,6 +222,7 @@ class Link:
         """See `Task.fetch`."""
         partial, key = self._partial, (notice.nbytes, notice.checksum, repr(notice.header))
         if partial.key != key or partial.receiver is None:
+            partial.receiver = None  # two payloads may be more than there is memory for
             partial.key, partial.receiver = key, unpack(notice, limit)
         receiver = partial.receiver
         if receiver.received < notice.nbytes:
@@ -304,6 +309,8 @@ class Link:
             yield
         except grpc.RpcError as error:
             raise _lost(error) from error
+        except ValueError as error:  # so gRPC says that the channel is closed: `_beat` has given the server up
+            raise ConnectionLostError("the connection to the server is closed") from error
 
     def _expect(self, kind: type[_M], timeout: float | None) -> _M:
         message = self._next(timeout)
@@ -373,4 +380,8 @@ def _lost(error: grpc.RpcError) -> FedtrainError:
     text = shorten(details(error), 300)
     if isinstance(error, grpc.Call) and error.code() in _TASK_GONE:
         return LinkError("the server has no such task any more", got=text)
+    if isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNIMPLEMENTED:
+        return ConnectionLostError("this is a port of something else: the clients' port of the server is wanted")
+    if isinstance(error, grpc.Call) and "WRONG_VERSION_NUMBER" in (error.details() or ""):
+        return ConnectionLostError("there is no TLS at this port")
     return ConnectionLostError(f"the connection to the server is lost ({text})")

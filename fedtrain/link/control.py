@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -42,9 +43,11 @@ PROTOCOL = 1
 
 _SMALL = 1 << 16  # bytes of what a client says
 _LARGE = HEADER_LIMIT + _SMALL  # of what holds a header, or the experiment
+_DEEPEST = 32  # of values within values: more could not be shown, copied or checked
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 _Id = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
+_Run = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]  # becomes the name of a folder
 _Word = Annotated[str, Field(max_length=64)]
 _Sentence = Annotated[str, Field(max_length=1000)]
 _Size = Annotated[int, Field(ge=0, lt=1 << 62)]
@@ -68,7 +71,7 @@ class Ready(_Message):
     """Client: it takes part in this run; `facts` are for the server's doorman."""
 
     type: Literal["ready"] = "ready"
-    run: _Word
+    run: _Run
     facts: dict[str, Any]
 
 
@@ -91,7 +94,7 @@ class Offer(_Message):
     """Server: the run that a client may take part in."""
 
     type: Literal["offer"] = "offer"
-    run: _Word
+    run: _Run
     experiment_hash: _Word
     facts: dict[str, Any]
 
@@ -224,17 +227,29 @@ def read_submit(data: bytes) -> SubmitHead:
 
 
 def read_json(data: bytes, limit: int) -> Any:
-    """Read JSON from a peer: capped, without names that come twice.
+    """Read JSON from a peer: capped in size and depth, without names that come twice.
 
     Raises:
-        LinkError: it is too large, or no such JSON.
+        LinkError: it is too large or too deep, or no such JSON.
     """
     if len(data) > limit:
         raise LinkError("a message is too large", got=f"{len(data)} bytes", expected=f"at most {limit}")
     try:
-        return json.loads(data, object_pairs_hook=_once)
+        value = json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise LinkError("a message is no JSON", got=error) from error
+        raise LinkError("a message is no JSON", got=str(error)) from error
+    inside = [value]
+    for _ in range(_DEEPEST):
+        inside = [child for one in inside for child in _children(one)]
+        if not inside:
+            return value
+    raise LinkError("a message is nested too deep", expected=f"at most {_DEEPEST} levels")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _read(data: bytes, adapter: TypeAdapter[_M], limit: int) -> _M:

@@ -53,6 +53,15 @@ def test_rounds_that_the_server_has_left_behind_are_dropped(tmp_path: Path) -> N
     assert [outbox.find(task(group)) is not None for group in ("8", "9", "10")] == [False, False, True]
 
 
+def test_a_run_that_is_over_leaves_no_updates(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.clear()
+    for group in ("8", "10"):
+        outbox.keep(task(group), packed(1.0))
+    outbox.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fedtrain.data.federated import build
-from fedtrain.deployment.site import Owner, assemble
+from fedtrain.deployment.site import Owner, assemble, own_device
 from fedtrain.deployment.terms import offer_for
-from fedtrain.errors import DataError, PolicyError
+from fedtrain.errors import DataError, InputError, PolicyError
+from fedtrain.experiment.privacy import SamplePrivacy
 from fedtrain.experiment.sections import Experiment
 
 
@@ -55,6 +56,28 @@ def test_a_share_is_taken_by_name(tmp_path: Path, experiment: Experiment) -> Non
     assert whole.facts["num_examples"] == 32  # 40 rows, of which a fifth is held out
     with pytest.raises(DataError, match="no share"):
         assemble(Owner("west", tmp_path / "all.csv", tmp_path / "home", share=True), offer)
+
+
+def test_classes_found_in_the_rows_are_not_told_where_examples_are_protected(
+    tmp_path: Path, experiment: Experiment
+) -> None:
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("opacus")
+    owner = Owner("north", tmp_path / "north.csv", tmp_path / "home", device="cpu")
+    privacy = SamplePrivacy(unit="sample", noise_multiplier=1.0, delta=1e-5)
+    data = experiment.data.model_copy(update={"scaling": "none", "test": 0.0})
+    private = experiment.model_copy(update={"privacy": privacy, "data": data})
+    with pytest.raises(DataError, match=r"data\.classes"):
+        assemble(owner, offer_for(private, "0" * 32))
+    data = data.model_copy(update={"classes": ["no", "yes", "unknown"]})
+    found = assemble(owner, offer_for(private.model_copy(update={"data": data}), "0" * 32))
+    assert found.facts["data"]["class_names"] == ["no", "yes", "unknown"]
+    assert found.facts["data"]["num_classes"] == 3
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"got --device cuda:99; expected .*Use --device cpu"):
+        own_device(Owner("north", tmp_path, tmp_path, device="cuda:99"))
 
 
 def test_code_that_the_owner_has_not_allowed_is_not_run(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from fedtrain.data.base import DataSpec
 from fedtrain.data.federated import build
-from fedtrain.deployment.terms import accepted, code_of, describe, differences, offer_for
-from fedtrain.errors import LinkError, PolicyError
+from fedtrain.deployment.terms import accepted, check_told, code_of, describe, differences, offer_for
+from fedtrain.errors import DataError, LinkError, PolicyError
 from fedtrain.experiment.load import identity
 from fedtrain.experiment.sections import Experiment
 
@@ -55,6 +56,30 @@ def test_a_server_cannot_name_code_that_the_owner_has_not(fields: dict[str, obje
     with pytest.raises(PolicyError, match="has not allowed"):
         accepted(offer_for(wanted, "0" * 32), ())
     assert code_of(accepted(offer_for(wanted, "0" * 32), (name,))) == [name]
+
+
+def test_more_threads_than_a_client_gives() -> None:
+    with pytest.raises(PolicyError, match=r"more threads .*run.threads = 1000000000000; expected at most 1024"):
+        accepted(offer_for(experiment(run={"threads": 10**12}), "0" * 32), ())
+    assert accepted(offer_for(experiment(run={"threads": 1024}), "0" * 32), ()).run.threads == 1024
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        (DataSpec((2,), "class", 2, ("age", "dose"), ("no", "a rare disease")), "data.classes"),
+        (DataSpec((80,), "tokens", 17), "data.name"),
+        (DataSpec((2,), "number", 0, ("age", "town=Berlin")), "got town.*data.drop"),
+    ],
+)
+def test_what_was_found_in_rows_is_not_told(spec: DataSpec, hint: str) -> None:
+    with pytest.raises(DataError, match=hint) as caught:
+        check_told(experiment().data, spec)
+    assert "rare" not in str(caught.value)
+    assert "Berlin" not in str(caught.value)
+    declared = experiment(data={**DATA, "classes": ["no", "a rare disease"]}).data
+    check_told(declared, DataSpec((2,), "class", 2, ("age", "dose"), ("no", "a rare disease")))
+    check_told(experiment().data, DataSpec((1,), "number", 0, ("age",)))
 
 
 def test_a_file_of_tags_on_the_client_is_not_read() -> None:

@@ -141,7 +141,7 @@ class Net:
         self.partial = Partial()
 
     def serve(self, **door: Any) -> Hub:
-        offer = Offer(run="run-1", experiment_hash="ab", facts={"rounds": 3})
+        offer = Offer(run="0" * 32, experiment_hash="ab", facts={"rounds": 3})
         self.hub = Hub("127.0.0.1:0", offer, self.doorman, self.folder, Door(**door))
         self._stack.callback(self.hub.close, grace=2)
         self.hub.start()

@@ -2,16 +2,21 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from flwr.app import Message
 
 from fedtrain.errors import ConnectionLostError, InputError
+from fedtrain.link import channel
 from fedtrain.link.channel import Link, Partial, Task, connect
 from fedtrain.link.control import Hello
-from fedtrain.link.frames import pack
+from fedtrain.link.frames import Receiver, pack, unpack
 
 LIMIT = 1 << 26
 
@@ -32,7 +37,7 @@ def asked(net: Any, **more: Any) -> tuple[threading.Thread, list[Message]]:
 def test_the_offer_is_what_the_server_offers(net: Any) -> None:
     net.serve()
     with connect(net.hub.address, None, hello()) as link:
-        assert (link.offer.run, link.offer.experiment_hash, link.offer.facts) == ("run-1", "ab", {"rounds": 3})
+        assert (link.offer.run, link.offer.experiment_hash, link.offer.facts) == ("0" * 32, "ab", {"rounds": 3})
 
 
 def test_no_server_is_an_error_at_once(net: Any) -> None:
@@ -94,6 +99,70 @@ def test_a_fetch_goes_on_where_it_broke(net: Any) -> None:
     assert torch.equal(got[0].content["arrays"]["w"].tensor, torch.arange(2_000_000.0))
     assert net.hub.members()[0].bytes_down - down == 8_000_000 - before
     assert partial.receiver is None
+
+
+def test_what_is_left_of_a_fetch_is_let_go_before_there_is_room_for_another(
+    net: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net.serve()
+    asking, _ = asked(net)
+    partial = Partial("another", unpack(SimpleNamespace(header={"records": {}}, nbytes=0, checksum=""), LIMIT))
+    before = weakref.ref(partial.receiver)
+    held = []
+
+    def room(claim: Any, limit: int) -> Receiver:
+        held.append(before() is not None)
+        return unpack(claim, limit)
+
+    monkeypatch.setattr(channel, "unpack", room)
+    with connect(net.hub.address, None, hello(), partial) as link:
+        link.ready({})
+        task = next(link.tasks())
+        task.submit(pack(task.fetch(LIMIT)))
+    asking.join()
+    assert held == [False]
+
+
+def test_a_channel_that_was_closed_meanwhile_is_a_lost_connection(net: Any) -> None:
+    net.serve()
+    asking, _ = asked(net, deadline=30)
+    with connect(net.hub.address, None, hello()) as link:
+        link.ready({})
+        task = next(link.tasks())
+        packed = pack(task.fetch(LIMIT))
+        link._channel.close()
+        for call in (lambda: task.fetch(LIMIT), lambda: task.submit(packed)):
+            with pytest.raises(ConnectionLostError, match="closed"):
+                call()
+    net.join("a")
+    asking.join()
+
+
+def test_a_client_that_leaves_does_what_it_was_told_before(net: Any) -> None:
+    net.serve()
+    asking, got = asked(net)
+    with connect(net.hub.address, None, hello()) as link:
+        link.ready({})
+        tasks = link.tasks()
+        task = next(tasks)
+        link.leave()
+        task.submit(pack(task.fetch(LIMIT)))
+        with pytest.raises(ConnectionLostError, match="leaves"):
+            next(tasks)
+    asking.join()
+    assert len(got) == 1
+
+
+def test_a_port_of_something_else_is_named() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    with pytest.raises(ConnectionLostError, match="a port of something else"), connect(address, None, hello()):
+        pass
+    tls = grpc.ssl_channel_credentials()
+    with pytest.raises(ConnectionLostError, match="no TLS at this port"), connect(address, tls, hello()):
+        pass
+    server.stop(None).wait()
 
 
 def test_a_cut_in_mid_submit_is_an_error_and_the_answer_can_come_again(net: Any) -> None:
