@@ -6,17 +6,19 @@ FEDBUFF = ("strategy.name=fedbuff", "strategy.buffer_size=2", "strategy.max_in_f
 
 
 def test_the_first_to_answer_are_used_and_the_late_let_go(deployment: Any) -> None:
-    server = deployment.server("clients.per_round=2", "clients.over_selection=1.5", added_3_1="hold")
-    deployment.clients("client-1")
+    server = deployment.server("clients.per_round=2", "clients.over_selection=1.5")
+    deployment.client("client-0")
     slow = deployment.client("client-1", step_1="hold")
-    server.reaches("added 3 1")
+    other = deployment.client("client-2", step_7="hold")  # in round 3
+    other.reaches("step 7")
     slow.go_on("step 1")
-    slow.says("round 1: the update was not used")
-    assert "step 2" not in slow.points()  # of a later round, it is wanted there
-    server.go_on("added 3 1")
     server.ends(0)
-    for record in deployment.rounds()[:2]:
-        assert (record["participants"], record["late"]) == (["client-0", "client-2"], ["client-1"])
+    trained = [point for point in slow.points() if point.startswith(("asked", "step"))]
+    assert trained[:3] == ["asked 1", "step 1", "asked 2"]  # it has left off for what is wanted now
+    assert "round 1: the update was not used" in slow.said()
+    came = [(record["participants"], record["late"]) for record in deployment.rounds()]
+    first_two = ["client-0", "client-2"], ["client-1"]
+    assert came == [first_two, first_two, (["client-0", "client-1"], ["client-2"])]
 
 
 def test_a_deadline_ends_a_round_without_the_slow(deployment: Any) -> None:
