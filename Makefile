@@ -33,6 +33,9 @@ bench: $(STAMP)  ## fedtrain against its rivals; prints ratios. Minutes.
 	$(PY) benchmarks/aggregate.py
 	$(PY) benchmarks/gate.py
 	$(PY) benchmarks/dp.py
+	$(PY) benchmarks/encode.py
+	$(PY) benchmarks/clock.py
+	$(PY) benchmarks/rounds.py
 
 paper: $(STAMP)  ## Published results beside measured ones. Needs FEDTRAIN_DATA; about an hour.
 	$(PY) benchmarks/paper.py

@@ -4,6 +4,7 @@ Needs the data root in FEDTRAIN_DATA. Everything is seeded: on one machine the f
 Ends with exit code 1 if a figure is missed.
 
 Run: python benchmarks/paper.py [mnist] [heart] [fashion] [stragglers] [scaffold] [fednova] [feddyn] [attack] [personal]
+         [transfer] [early] [fairness] [language] [anomaly]
 
 References:
     McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017.
@@ -22,6 +23,7 @@ import sys
 from pathlib import Path
 
 from paper_strategies import attack, feddyn, fednova, personal, scaffold, stragglers
+from paper_training import RESULTS
 from published import IN_PROCESS, first_round, run, verdict
 
 MNIST_TARGET, MNIST_LATEST, MNIST_SEEDS = 0.97, 95, 3
@@ -114,6 +116,7 @@ EXPERIMENTS = {
     "feddyn": feddyn,
     "attack": attack,
     "personal": personal,
+    **RESULTS,
 }
 
 

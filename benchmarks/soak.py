@@ -99,7 +99,7 @@ class Crowd:
 
     def __init__(self, address: str, names: Sequence[str], processes: int, log: Path) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["fedtrain.link.channel", "fedtrain.link.grid"])  # so starts are quick
+        self._context.set_forkserver_preload(["fedtrain.link.channel"])  # so starts are quick
         self._arguments = [(address, names[number::processes], log) for number in range(processes)]
         self._running = [self._start(arguments) for arguments in self._arguments]
         self.kills = 0

@@ -8,6 +8,7 @@ FedtrainError                 anything fedtrain can name; exit code 1
 │   ├── MissingExtraError     an optional dependency is not installed
 │   └── RunFolderError        a run's folder is missing, locked or belongs to another experiment
 ├── RunError                  the run itself cannot go on (quorum, every client failed, disk full)
+│   ├── CodecError            compressed tensors are damaged, or an update cannot be compressed
 │   └── LinkError             a message from another process is damaged, too large or out of turn
 ├── ConnectionLostError       the server cannot be reached; trying again may help
 ├── RefusedError              the server does not let this client take part
@@ -27,11 +28,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 
 __all__ = [
     "BudgetError",
     "ClientEndedError",
     "ClientsJoinedError",
+    "CodecError",
     "ConnectionLostError",
     "DataError",
     "ExperimentError",
@@ -51,6 +54,9 @@ __all__ = [
     "nearest",
     "shorten",
 ]
+
+_MOST_NAMES = 20
+_LONGEST_PATH = 4096  # of the operating systems we run on
 
 
 class FedtrainError(Exception):
@@ -142,6 +148,10 @@ class RunError(FedtrainError):
     """The run cannot go on; what was finished is kept."""
 
 
+class CodecError(RunError):
+    """Encoded tensors are damaged, or not of this chain; or an update cannot be encoded."""
+
+
 class LinkError(RunError):
     """What came from the other end is damaged, too large or against the protocol."""
 
@@ -194,18 +204,26 @@ class ClientsJoinedError(InterruptedRunError):
 
 
 def nearest(name: object, known: Iterable[str], otherwise: str | None = None) -> str:
-    """Hint at the known name that was meant; if none is near say `otherwise`, or list them all."""
+    """Hint at the known name that was meant; if none is near say `otherwise`, or list them, the first of many."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
+    if not close and isinstance(name, str) and name:
+        close = [one for one in known if one.startswith(name)][:3]
     if close:
-        return f"Did you mean {close[0]}?"
+        return f"Did you mean {' or '.join(close)}?"
     if otherwise is not None:
         return otherwise
-    return f"There is: {', '.join(known)}" if known else "There is none"
+    more = f" and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
+    return f"There is: {', '.join(known[:_MOST_NAMES])}{more}" if known else "There is none"
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """Show a value in at most `limit` printable characters: client-given text cannot reach the terminal raw."""
+    """Show a value in at most `limit` printable characters: client-given text cannot reach the terminal raw.
+
+    A `Path` is shown whole, for its end says which file it is; only paths of this machine are given as one.
+    """
+    if isinstance(value, PurePath):
+        value, limit = str(value), _LONGEST_PATH
     text = repr(value) if not isinstance(value, str) else value
     short = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:limit])
     return short if len(text) <= limit else short[: limit - 1] + "…"

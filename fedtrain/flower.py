@@ -32,6 +32,7 @@ __all__ = [
     "enter_run",
     "message",
     "set_message_id",
+    "tensor",
     "tensors",
 ]
 
@@ -89,11 +90,20 @@ def tensors(record: ArrayRecord) -> dict[str, Tensor]:
     Raises:
         RunError: the bytes of an array cannot be read, or torch has no such dtype.
     """
+    return {name: tensor(array) for name, array in record.items()}
+
+
+def tensor(array: Array) -> Tensor:
+    """Unwrap an array: one of our own without a copy.
+
+    Raises:
+        RunError: its bytes cannot be read, or torch has no such dtype.
+    """
+    if isinstance(array, TensorArray):
+        found: Tensor = array.__dict__["tensor"]
+        return found
     try:
-        return {
-            name: array.__dict__["tensor"] if isinstance(array, TensorArray) else torch.from_numpy(array.numpy().copy())
-            for name, array in record.items()
-        }
+        return torch.from_numpy(array.numpy().copy())
     except Exception as error:  # of many kinds: whatever the bytes drive NumPy's reader to
         raise RunError("arrays cannot be read", got=error) from error
 

@@ -73,7 +73,7 @@ def _load_file(path: Path, error: type[InputError]) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     if not path.is_file():
-        raise error("there is no such Python file", got=str(path), hint="Paths are relative to the experiment file")
+        raise error("there is no such Python file", got=path, hint="Paths are relative to the experiment file")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None, "a path that ends in .py has a loader"
     assert spec.loader is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ __all__ = [
     "add",
     "difference",
     "exchanged",
+    "is_private",
     "l2_norm",
     "load",
     "scaled",
@@ -42,6 +45,11 @@ def exchanged(model: nn.Module) -> dict[str, Tensor]:
     live = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     buffers = {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
     return live | buffers
+
+
+def is_private(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a parameter stays on the client: its name matches a pattern such as "head.*"."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def snapshot(params: Params) -> dict[str, Tensor]:
@@ -82,13 +90,21 @@ def zeros_like(params: Params) -> dict[str, Tensor]:
     return {name: torch.zeros_like(t) for name, t in params.items()}
 
 
-def l2_norm(params: Params) -> float:
-    """Euclidean norm over all tensors as one vector, in float64; NaN or inf if any entry is."""
+def l2_norm(params: Params, origin: Params | None = None) -> float:
+    """Euclidean norm over all tensors as one vector, in float64; NaN or inf if any entry is.
+
+    Args:
+        params: the vector.
+        origin: from where it is measured, of the same names and shapes; zero unless given.
+    """
     wide = torch.empty(_CHUNK, dtype=torch.float64)
     total = 0.0
-    for t in params.values():
-        for chunk in torch.split(t.reshape(-1), _CHUNK):
+    for name, t in params.items():
+        starts = torch.split(origin[name].reshape(-1), _CHUNK) if origin else itertools.repeat(None)
+        for chunk, start in zip(torch.split(t.reshape(-1), _CHUNK), starts):
             values = wide[: chunk.numel()].copy_(chunk)
+            if start is not None:
+                values -= start
             total += float(values.dot(values))
     return math.sqrt(total)
 

@@ -17,7 +17,7 @@ from fedtrain.experiment.load import load
 from fedtrain.experiment.sections import Experiment
 from fedtrain.importing import raised
 from fedtrain.rundir import RunFolder
-from fedtrain.tasks.registry import make_task
+from fedtrain.tasks.adapted import experiment_task
 from fedtrain.training.loop import build_model
 
 __all__ = ["Predictions", "predictions"]
@@ -88,7 +88,11 @@ def _model(experiment: Experiment, spec: DataSpec, base: Path, tensors: Mapping[
                 hint="Copy it there, or run from the folder that holds it",
             )
         base = Path.cwd()
-    task = make_task(experiment.task, spec, base)
+    # The run's own tensors replace all initial values: no file that these came from is needed any more.
+    bare = experiment.model_copy(update={"model": experiment.model.without_files()})
+    task = experiment_task(bare, spec, base)
+    if getattr(task, "output_names", None):
+        raise InputError("this task's model does not predict the target", got=name)
     try:
         model = build_model(task, experiment.seed).eval()
     except Exception as exc:

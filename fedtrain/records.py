@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["PERSONAL", "DataSummary", "Heterogeneity", "Manifest", "PrivacySummary", "RoundRecord"]
+__all__ = ["PERSONAL", "DataSummary", "Heterogeneity", "Histogram", "Manifest", "PrivacySummary", "RoundRecord"]
 
 PERSONAL = "personal_"
 """Prefix of a metric that was measured on the client's own model rather than the global one."""
@@ -43,16 +43,32 @@ class RoundRecord(_Record):
     """Loss and metrics on the central test set; empty if not evaluated in this round."""
     clients: dict[str, float] = Field(default_factory=dict)
     """Means over the clients' held-out examples, weighted by examples; empty if not evaluated in this round."""
+    central_confusion: list[list[int]] = Field(default_factory=list)
+    """(classes, classes) examples of the central test set by their class and by the predicted one; empty unless
+    evaluation.metrics asks for a confusion-matrix."""
+    clients_confusion: list[list[int]] = Field(default_factory=list)
+    """Likewise of the clients' held-out examples, all together."""
     per_client: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Client -> its own held-out loss, metrics and num_examples; empty if not evaluated in this round."""
     bytes_up: int = 0
     """Serialised bytes of all replies of the round, evaluation included, clients to server."""
     bytes_down: int = 0
     """Serialised bytes of all instructions of the round, evaluation included, server to clients."""
+    client_bytes: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """Client -> bytes up and bytes down of the round, evaluation included; empty under client privacy."""
     update_norm: float = 0.0
     """L2 norm of the change of the global model."""
+    drift: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    """Client -> cosine between its update and the mean of the round's updates, and its L2 norm over that of the mean;
+    cosines are estimated from a sketch. Empty where evaluation.drift is off, and under client privacy."""
+    diversity: float | None = None
+    """Gradient diversity of the updates used, sum of |u|^2 over |sum of u|^2 (Yin et al. 2018): 1/n if all are equal,
+    1 if all are orthogonal. None where drift is empty."""
     lr_factor: float = 1.0
-    """Factor of the learning-rate schedule in this round."""
+    """Factor of the learning-rate schedule in this round, that of a plateau included."""
+    result_round: int | None = None
+    """In the round that ended a run with early stopping: the round whose model is the result. What is not watched
+    (the clients' evaluation, or the central one) has measured that model here. None in all other records."""
     epsilon: float | None = None
     """Upper bound of epsilon spent up to and with this round, replays after a crash included; the largest over clients
     where each example is protected. None without privacy."""
@@ -60,12 +76,29 @@ class RoundRecord(_Record):
     """Mean over the updates used of the rounds since the model they are based on; 0 but for asynchronous strategies."""
     virtual_seconds: float = 0.0
     """Length of the round on the virtual clock of clients.duration; 0 without one."""
+    client_seconds: float = 0.0
+    """Virtual seconds that the clients asked have worked in this round, waits not counted; 0 without a clock."""
+    wasted_seconds: float = 0.0
+    """The part of client_seconds whose update was not used: too late, dropped out, or one too many."""
     seconds_train: float = 0.0
     """Wall-clock seconds from the first instruction to the last update aggregated."""
     seconds_evaluate: float = 0.0
     """Wall-clock seconds of both evaluations."""
     finished_at: str = ""
     """UTC, ISO 8601."""
+
+
+class Histogram(_Record):
+    """Counts of numbers between edges, and what their mean and deviation need."""
+
+    edges: list[float]
+    """(bins + 1) ascending."""
+    counts: list[int]
+    """(bins)."""
+    total: float
+    """Sum of the numbers."""
+    squares: float
+    """Sum of their squares."""
 
 
 class Heterogeneity(_Record):
@@ -140,7 +173,7 @@ class Manifest(_Record):
 
     fedtrain: str
     experiment_hash: str
-    """SHA-256 of the resolved experiment without its [run] section."""
+    """SHA-256 of the resolved experiment without its name, its [run] section and compression.max_bytes."""
     own_files: dict[str, str] = Field(default_factory=dict)
     """The user's code and data files that the experiment names -> SHA-256 of their contents; folders -> their path."""
     created_at: str
@@ -162,5 +195,9 @@ class Manifest(_Record):
     """Parameters of the model that are trained."""
     model_sha256: str = ""
     """Of model.safetensors, once the run is complete."""
+    result_round: int | None = None
+    """The round of the model in model.safetensors, or the last one in its average; None before the run is complete."""
+    ended: str = ""
+    """Why the run was complete before all its rounds; empty if it was not."""
     resumed: int = 0
     """How often the run was resumed."""

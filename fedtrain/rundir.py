@@ -5,6 +5,7 @@ RUN/manifest.json        versions, seed, hardware, data fingerprint, status
 RUN/data.json            how the data lies on the clients
 RUN/preparation.json     what is done to inputs before the model sees them
 RUN/rounds.jsonl         one typed record per round
+RUN/histograms/          of weights, their changes and activations, where run.histograms_every asks for them
 RUN/checkpoints/         the last two, each whole in one file
 RUN/privacy.json         what a private run promises
 RUN/asked.jsonl          how often each client was asked, where it adds its own noise
@@ -24,6 +25,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,7 +39,7 @@ from torch import Tensor
 from fedtrain.disk import atomic_write
 from fedtrain.errors import RunError, RunFolderError
 from fedtrain.params import Params
-from fedtrain.records import DataSummary, Manifest, PrivacySummary, RoundRecord
+from fedtrain.records import DataSummary, Histogram, Manifest, PrivacySummary, RoundRecord
 from fedtrain.statefile import DamagedStateError, read_state, write_state
 
 __all__ = ["Checkpoint", "RunFolder"]
@@ -55,12 +57,14 @@ class Checkpoint:
         params: the global exchanged tensors.
         state: the strategy's state.
         server: what the server remembers besides: the gate's medians, losses, updates in flight.
+        result: the best model so far and the average over rounds, where there are such.
     """
 
     round_number: int
     params: Params
     state: Mapping[str, Any]
     server: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Params] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -77,6 +81,7 @@ class RunFolder:
         self.data = path / "data.json"
         self.preparation = path / "preparation.json"
         self.rounds = path / "rounds.jsonl"
+        self.histograms = path / "histograms"
         self.checkpoints = path / "checkpoints"
         self.clients = path / "clients"
         self.privacy = path / "privacy.json"
@@ -101,7 +106,7 @@ class RunFolder:
         if not folder.manifest.is_file():
             raise RunFolderError(
                 "this is not a run's folder",
-                got=str(path),
+                got=path,
                 expected="a folder with manifest.json, as `fedtrain simulate` makes",
             )
         return folder
@@ -119,7 +124,7 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(
                 f"the run's folder cannot be written ({error.strerror})",
-                got=str(self.path),
+                got=self.path,
                 hint="Choose another one with --out",
             ) from error
         with lock:
@@ -151,7 +156,7 @@ class RunFolder:
     def _held(self) -> RunFolderError:
         return RunFolderError(
             "another process is running in this folder",
-            got=str(self.path),
+            got=self.path,
             hint="Wait for it to end, or choose another folder with --out",
         )
 
@@ -225,6 +230,24 @@ class RunFolder:
         """Add a round's record."""
         with _naming_disk_errors(self.rounds), self.rounds.open("a", encoding="utf-8") as lines:
             lines.write(record.model_dump_json() + "\n")
+
+    def write_histograms(self, round_number: int, found: Mapping[str, Histogram]) -> None:
+        """Write what was seen of the model after a round: tag -> histogram."""
+        with _naming_disk_errors(self.histograms):
+            self.histograms.mkdir(exist_ok=True)
+        text = json.dumps({tag: one.model_dump() for tag, one in found.items()})
+        self._write_text(self._histograms_of(round_number), text + "\n")
+
+    def read_histograms(self, round_number: int) -> dict[str, Histogram]:
+        """Read what was seen of the model after a round; empty if nobody looked, or the file is damaged."""
+        try:
+            content = json.loads(self._histograms_of(round_number).read_bytes())
+            return {str(tag): Histogram.model_validate(one) for tag, one in content.items()}
+        except (OSError, ValueError, AttributeError):
+            return {}
+
+    def _histograms_of(self, round_number: int) -> Path:
+        return self.histograms / f"round-{round_number:07d}.json"
 
     def read_rounds(self) -> list[RoundRecord]:
         """Read the records; a last line that a kill cut short is left out."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedtrain import flower
 from fedtrain.errors import ClientEndedError, RunError, shorten
@@ -32,7 +32,9 @@ __all__ = [
 _ARRAYS, _CONFIG, _METRICS = "arrays", "config", "metrics"
 _ROUND, _CLIENT, _EXAMPLES = "server-round", "client-id", "num-examples"
 _SHARED, _EXTRA, _WORK, _KEPT_ROUND = "shared", "extra", "work", "kept-round"
-_ENDED, _RECEIPT = "ended", "receipt"
+_SUMS = "sums"
+_ENDED, _RECEIPT, _LR_FACTOR = "ended", "receipt", "lr-factor"
+_NUMBER = 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Instruction:
     work: float = 1.0  # share of its local steps that the client has time for
     kept_round: int = 0  # the server will not go back before this round
     receipt: str = ""  # the last that this client sent, for its ledger to be held against
+    lr_factor: float = 1.0  # of the learning rate, beside that of its schedule
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Measurement:
     client_id: str
     num_examples: int
     metrics: Mapping[str, float]
+    sums: Params = field(default_factory=dict)  # what `PooledMetrics` needs: float64
 
 
 def instruction(message: Message) -> Instruction:
@@ -81,6 +85,7 @@ def instruction(message: Message) -> Instruction:
         work=_fraction(config, _WORK) if _WORK in config else 1.0,  # flwr's own servers do not know these two
         kept_round=_integer(config, _KEPT_ROUND) if _KEPT_ROUND in config else 0,
         receipt=_receipt(config),
+        lr_factor=_positive(config, _LR_FACTOR) if _LR_FACTOR in config else 1.0,
     )
 
 
@@ -92,11 +97,14 @@ def instruction_content(
     work: float = 1.0,
     kept_round: int = 0,
     receipt: str = "",
+    lr_factor: float | None = None,
 ) -> RecordDict:
     """Write an instruction; each message gets a RecordDict of its own around the shared arrays."""
     config = ConfigRecord({_ROUND: round_number, _WORK: work, _KEPT_ROUND: kept_round})
     if receipt:
         config[_RECEIPT] = receipt
+    if lr_factor is not None:
+        config[_LR_FACTOR] = lr_factor
     content = RecordDict({_ARRAYS: arrays, _CONFIG: config})
     if shared:
         content[_SHARED] = shared
@@ -149,12 +157,15 @@ def update(content: RecordDict) -> Update:
 
 def measurement_content(value: Measurement) -> RecordDict:
     """Write a client's measurement."""
-    return RecordDict(
+    content = RecordDict(
         {
             _METRICS: MetricRecord({_EXAMPLES: value.num_examples, **value.metrics}),
             _CONFIG: ConfigRecord({_CLIENT: value.client_id}),
         }
     )
+    if value.sums:
+        content[_SUMS] = flower.array_record(value.sums)
+    return content
 
 
 def measurement(content: RecordDict) -> Measurement:
@@ -163,22 +174,28 @@ def measurement(content: RecordDict) -> Measurement:
     Raises:
         RunError: as `update`.
     """
-    metrics = _metrics(content)
-    return Measurement(_text(_config(content), _CLIENT), _integer(metrics, _EXAMPLES), _numbers(metrics))
+    metrics, sums = _metrics(content), _arrays(content, _SUMS)
+    return Measurement(
+        _text(_config(content), _CLIENT),
+        _integer(metrics, _EXAMPLES),
+        _numbers(metrics),
+        flower.tensors(sums) if sums is not None else {},
+    )
 
 
 def size(content: RecordDict) -> int:
-    """Bytes of a message's content on the wire: raw tensor data, and its names, shapes and numbers as JSON."""
-    data = 0
-    index: dict[str, object] = {}
+    """Bytes of a message's content on the wire, which depend on names, shapes and dtypes but on no number's value.
+
+    Raw tensor data, and for each tensor its name and 8 bytes per dimension and for its dtype; the key of each other
+    value and 8 bytes per number, or its text.
+    """
+    total = 0
     for key, record in content.items():
-        if isinstance(record, ArrayRecord):
-            tensors = flower.tensors(record)
-            data += sum(t.numel() * t.element_size() for t in tensors.values())
-            index[key] = {name: [str(t.dtype), list(t.shape)] for name, t in tensors.items()}
-        else:
-            index[key] = dict(record)
-    return data + len(json.dumps(index, default=repr).encode())
+        total += len(key.encode())
+        for name, value in record.items():
+            total += len(str(name).encode())
+            total += _array_size(value) if isinstance(value, Array) else _value_size(value)
+    return total
 
 
 def in_order(replies: Iterable[Message], node_ids: Iterable[int]) -> Iterator[Message]:
@@ -203,6 +220,17 @@ def in_order(replies: Iterable[Message], node_ids: Iterable[int]) -> Iterator[Me
     for node in expected[position:]:
         if node in early:
             yield early.pop(node)
+
+
+def _array_size(array: Array) -> int:
+    tensor = flower.tensor(array)
+    return tensor.numel() * tensor.element_size() + _NUMBER * (1 + tensor.ndim)
+
+
+def _value_size(value: object) -> int:
+    if isinstance(value, list):
+        return sum(map(_value_size, value))
+    return len(value.encode() if isinstance(value, str) else value) if isinstance(value, str | bytes) else _NUMBER
 
 
 # flwr's `content.array_records` and its like keep a view that points back to the content: a circle, in which each reply
@@ -245,6 +273,13 @@ def _fraction(record: ConfigRecord, key: str) -> float:
     value = record.get(key)
     if not isinstance(value, float) or not 0 < value <= 1:
         raise RunError(f"{key!r} is wrong", got=value, expected="a number greater than 0 and at most 1")
+    return value
+
+
+def _positive(record: ConfigRecord, key: str) -> float:
+    value = record.get(key)
+    if not isinstance(value, float) or not 0 < value < math.inf:
+        raise RunError(f"{key!r} is wrong", got=value, expected="a finite number greater than 0")
     return value
 
 

@@ -12,6 +12,10 @@ settings.register_profile("fedtrain", deadline=None, suppress_health_check=[Heal
 settings.load_profile("fedtrain")
 
 
+# torch's compiler would leave processes and an open file of their log behind, which later tests would be blamed for.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
 @pytest.fixture
 def data_root() -> Path:
     """The real data of the environment, or a skip."""

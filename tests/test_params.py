@@ -45,6 +45,9 @@ def test_l2_norm_by_hand() -> None:
     assert P.l2_norm({"a": torch.tensor([3.0]), "b": torch.tensor(4.0), "empty": torch.zeros(0)}) == 5.0
     assert not P.l2_norm({"a": torch.tensor([1.0, float("nan")])}) < float("inf")
     assert P.l2_norm({"a": torch.tensor([3e38, 3e38])}) < float("inf")  # no overflow in float32
+    there, here = {"a": torch.ones(70_000), "b": torch.tensor(2.0)}, {"b": torch.tensor(-1.0), "a": torch.ones(70_000)}
+    here["a"][-1] = -3.0
+    assert P.l2_norm(there, here) == 5.0
 
 
 def test_weighted_mean_by_hand() -> None:

@@ -37,7 +37,7 @@ def test_what_the_readme_shows_is_what_happens(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 9
     for language, block in BLOCKS:
         if language == "python":
             assert len(block.partition("\n\n")[2].splitlines()) == 3
@@ -68,7 +68,7 @@ def test_every_command_is_in_the_table() -> None:
         names |= {f"{name} {sub}" for sub in inside}
         if not inside or command.invoke_without_command:
             names.add(name)
-    assert set(re.findall(r"^\| `fedtrain ([a-z]+(?: [a-z]+)?)", README, re.MULTILINE)) == names
+    assert set(re.findall(r"^\| `fedtrain ([a-z-]+(?: [a-z]+)?)", README, re.MULTILINE)) == names
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)

@@ -13,9 +13,12 @@ import typer
 import typer.core
 
 from fedtrain import __version__
+from fedtrain.cli.beforehand import audit, check, plan
 from fedtrain.cli.ca import app as ca_app
 from fedtrain.cli.client import app as client_app
 from fedtrain.cli.data import app as data_app
+from fedtrain.cli.lr_find import lr_find
+from fedtrain.cli.many import compare, crossval, sweep
 from fedtrain.cli.options import (
     AsJson,
     DataRoot,
@@ -310,7 +313,7 @@ def stop(
 
     folder = RunFolder(run)
     if (process := folder.holder()) is None:
-        raise InputError("nothing is running in this folder", got=str(run))
+        raise InputError("nothing is running in this folder", got=run)
     if now:
         os.kill(process, signal.SIGTERM)
     else:
@@ -321,38 +324,10 @@ def stop(
     typer.echo("Stopped.")
 
 
-@app.command()
-def plan(
-    experiment_file: ExperimentFile,
-    overrides: Overrides = None,
-    data_root: DataRoot = None,
-    pld: Annotated[
-        bool, typer.Option("--pld", help="Have a third accountant check epsilon; needs fedtrain[pld].")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Show what a run's privacy will cost. Nothing is trained."""
-    from fedtrain.cli.plan import plan
-    from fedtrain.experiment import load
-
-    experiment = load(experiment_file, overrides or ())
-    plan(experiment, *folders(experiment_file, experiment, data_root), pld=pld, as_json=as_json)
-
-
-@app.command()
-def audit(
-    experiment_file: ExperimentFile,
-    overrides: Overrides = None,
-    data_root: DataRoot = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out the one-run audit: seconds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Test an experiment's privacy by statistics. Fails if what it promises is refuted."""
-    from fedtrain.cli.audit import audit
-    from fedtrain.experiment import load
-
-    experiment = load(experiment_file, overrides or ())
-    audit(experiment, *folders(experiment_file, experiment, data_root), quick=quick, as_json=as_json)
+app.command()(check)
+app.command("lr-find")(lr_find)
+app.command()(plan)
+app.command()(audit)
 
 
 @app.command()
@@ -365,6 +340,11 @@ def report(run: RunArgument) -> None:
     for line in summary(folder):
         say(line)
     typer.echo(f"Report: {write_report(folder)}")
+
+
+app.command()(compare)
+app.command()(sweep)
+app.command()(crossval)
 
 
 @app.command()

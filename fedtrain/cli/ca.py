@@ -126,7 +126,7 @@ def enroll(token: str, identity_folder: Path) -> None:
     from fedtrain.link.enrolment import enrol
 
     if identity_folder.exists() and not identity_folder.is_dir():
-        raise InputError("--identity is no folder", got=str(identity_folder), hint="Name a folder, or none: it is made")
+        raise InputError("--identity is no folder", got=identity_folder, hint="Name a folder, or none: it is made")
     identity = enrol(token, identity_folder)
     say(f"Enrolled as {identity.name}, until {_minute(identity.not_after)}. The key in {identity_folder} stays here.")
     say("Next, take part: fedtrain client --server HOST:PORT --data PATH")

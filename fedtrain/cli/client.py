@@ -191,11 +191,11 @@ class _Certificate:
 def _refuse_missing(data: Path, policy: Path | None, code: Path) -> None:
     """Refuse paths that lead nowhere before anything is loaded."""
     if not data.exists():
-        raise InputError("there is no such file or folder", got=str(data), hint="--data names this client's own data")
+        raise InputError("there is no such file or folder", got=data, hint="--data names this client's own data")
     if policy is not None and not policy.is_file():
-        raise InputError("there is no such policy file", got=str(policy), hint="--policy names what you allow")
+        raise InputError("there is no such policy file", got=policy, hint="--policy names what you allow")
     if not code.is_dir():
-        raise InputError("there is no such folder of code", got=str(code), hint="--code names the folder of your files")
+        raise InputError("there is no such folder of code", got=code, hint="--code names the folder of your files")
 
 
 def _end_with(parent: int) -> None:

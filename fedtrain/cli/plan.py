@@ -1,4 +1,4 @@
-"""`fedtrain plan`: what a run's privacy will cost and leave of the signal, before its first step."""
+"""`fedtrain plan`: what a run will cost in bytes, time and privacy, before its first step."""
 
 from __future__ import annotations
 
@@ -12,24 +12,32 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
+from fedtrain.cli import costs
 from fedtrain.cli.terminal import say
 from fedtrain.data.federated import build
 from fedtrain.errors import shorten
 from fedtrain.experiment.sections import Experiment
 from fedtrain.experiment.strategies import FedBuffStrategy
+from fedtrain.params import is_private
 from fedtrain.privacy.accounting import Guarantee, delta_warning
 from fedtrain.privacy.plan import ClientPlan, SamplePlan, Signal
 from fedtrain.rundir import RunFolder
+from fedtrain.server.measuring import CentralTest
+from fedtrain.server.result import check_watched
 from fedtrain.server.selection import Crowd, eligible
+from fedtrain.simulations.central import central_examples
+from fedtrain.simulations.outlook import Outlook, outlook
 from fedtrain.simulations.private import protection
-from fedtrain.tasks.registry import make_task
-from fedtrain.training.loop import build_model, is_private
+from fedtrain.tasks.adapted import experiment_task
+from fedtrain.training.device import check_device, find_device
+from fedtrain.training.loop import build_model
+from fedtrain.training.optimizer import check_optimizer
 
 __all__ = ["plan"]
 
 
 def plan(experiment: Experiment, base: Path, data_root: Path | None, *, pld: bool, as_json: bool) -> None:
-    """Plan an experiment's privacy and print it; an experiment without any is told to protect nothing.
+    """Plan an experiment and print it; one without privacy is told that it protects nothing.
 
     Args:
         experiment: what would be run.
@@ -45,29 +53,41 @@ def plan(experiment: Experiment, base: Path, data_root: Path | None, *, pld: boo
     priced = run.priced
     found = None if priced is None else _Priced.of(run, priced, pld=pld)
     if as_json:
-        typer.echo(json.dumps(_facts(run) | (found.document() if found else {"unit": None}), indent=2))
+        private = found.document() if found else {"unit": None}
+        typer.echo(json.dumps(_facts(run) | costs.document(run.outlook) | private, indent=2))
         return
     say(_opening(run))
+    if experiment.model.lora or experiment.model.freeze:
+        say(_travelling(run))
+    for line in costs.lines(run.outlook, experiment):
+        say(line)
+    say("")
     for line in found.lines() if found else _unprotected(run):
         say(line)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What is to be run, as far as privacy is concerned."""
+    """What is to be run, as far as its price is concerned."""
 
     experiment: Experiment
     sizes: npt.NDArray[np.int64]  # `(clients,)` training examples; 0 for clients that are not to be asked
     clients_per_round: int  # as expected
     parameters: int  # numbers that are trained and leave the client
+    in_all: int  # numbers of the model, whether they are trained or not
     priced: SamplePlan | ClientPlan | None
+    outlook: Outlook
 
     @classmethod
     def of(cls, experiment: Experiment, base: Path, data_root: Path | None) -> _Run:
         data = build(experiment.data, data_root, base, experiment.seed)
         sizes = np.where(eligible(experiment.clients, base, data.client_ids()), data.sizes(), 0)
-        task = make_task(experiment.task, data.spec, base)
+        task = experiment_task(experiment, data.spec, base)
         model = build_model(task, experiment.seed)
+        check_optimizer(experiment.training, base, model)
+        device, central = find_device(experiment.run.device), central_examples(experiment, data)
+        check_device(experiment.training, experiment.run.gpus, device)
+        check_watched(experiment, CentralTest(experiment, task, data, device, central).names, central)
         # What a run would refuse is refused here.
         protects = protection(experiment, (base, RunFolder(base / "no-run")), data, sizes, task)
         private = tuple(experiment.personalization.private)
@@ -79,7 +99,9 @@ class _Run:
             parameters=sum(
                 p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_private(name, private)
             ),
+            in_all=sum(p.numel() for p in model.parameters()),
             priced=protects.plan if protects else None,
+            outlook=outlook(experiment, base, data, sizes, task),
         )
 
     @property
@@ -203,6 +225,7 @@ def _facts(run: _Run) -> dict[str, Any]:
         "clients": len(run.present),
         "clients_per_round": run.clients_per_round,
         "parameters": run.parameters,
+        "parameters_in_all": run.in_all,
         "steps_per_round": _steps(run),
     }
 
@@ -215,13 +238,18 @@ def _opening(run: _Run) -> str:
     )
 
 
+def _travelling(run: _Run) -> str:
+    lora = run.experiment.model.lora
+    what = "not frozen" if lora is None else "adapters and model.lora.train" if lora.train else "adapters"
+    return f"{what}: {run.parameters:,} of {run.in_all:,} parameters are trained and travel"
+
+
 def _unprotected(run: _Run) -> list[str]:
     least, most = _steps(run)
     each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
     return [
-        "",
-        "NOT PRIVATE: the experiment has no [privacy], so nothing is protected. What clients",
-        "send may tell the server everything about their examples.",
+        "NOT PRIVATE: the experiment has no [privacy], so nothing is protected. What clients send may tell the server "
+        "everything about their examples.",
         f"Steps of a client's round: {each}",
         'To protect each example, add: [privacy] with unit = "sample", epsilon and delta.',
     ]

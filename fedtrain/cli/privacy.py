@@ -175,7 +175,7 @@ def _read(folder: Path, epsilon_of: EpsilonOf) -> tuple[list[Book], dict[str, Le
             hint = f"Each client of this run keeps its own, {where}: fedtrain privacy status {home}"
         raise InputError(
             "there are no privacy ledgers here",
-            got=str(folder),
+            got=folder,
             expected="a folder with some, or a private run's",
             hint=hint,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import subprocess
 import sys
@@ -13,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from fedtrain.cli.log import logged
 from fedtrain.cli.members import watching
 from fedtrain.cli.progress import RunObserver
 from fedtrain.cli.running import carry_out
 from fedtrain.deployment.metrics import Metrics
 from fedtrain.deployment.server import Listening, Opened, serve
-from fedtrain.deployment.terms import code_of
 from fedtrain.errors import DataError, InputError
+from fedtrain.experiment.code import code_of
 from fedtrain.experiment.sections import Experiment
 from fedtrain.link.authority import Authority
 from fedtrain.link.enrolment import add_renewal, server_credentials, serving
@@ -127,7 +127,7 @@ def serve_experiment(
                 patience=options.patience,
                 opened=opened,
             )
-            with _logged(observer):
+            with logged(observer):
                 serve(experiment, places, metrics, listening)
 
         carry_out(experiment, RunFolder(places.out), run, quiet=quiet, as_json=as_json)
@@ -163,7 +163,7 @@ def _refuse_at_once(experiment: Experiment, places: Places, options: ServerOptio
         if not path.exists():
             raise DataError(
                 "there is no such file or folder",
-                got=str(path),
+                got=path,
                 hint="data.path is relative to the experiment file. If clients bring their own data: --own-data",
             )
 
@@ -188,24 +188,6 @@ def _refuse_too_many(least: int, options: ServerOptions) -> NoReturn:
         expected=f"at least {least}",
         hint="Set --max-clients or --min-clients",
     )
-
-
-@contextlib.contextmanager
-def _logged(observer: RunObserver) -> Iterator[None]:
-    """Show what the library warns of: who is refused, and why."""
-
-    class Notices(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            observer.notice(self.format(record))
-
-    logger, handler = logging.getLogger("fedtrain"), Notices(logging.WARNING)
-    logger.addHandler(handler)
-    logger.propagate = False  # libraries set up the root logger, and it would be told twice
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = True
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,18 +15,24 @@ from flwr.clientapp import ClientApp
 from fedtrain import wire
 from fedtrain.client.budget import Budget
 from fedtrain.client.state import ClientState
+from fedtrain.compression.exchange import make_exchange
 from fedtrain.data.base import FederatedData
 from fedtrain.errors import BudgetError, FedtrainError, PolicyError, PrivacyError
+from fedtrain.experiment.optimizers import rooted
 from fedtrain.experiment.privacy import SamplePrivacy
 from fedtrain.experiment.sections import Experiment
 from fedtrain.importing import blame
 from fedtrain.records import PERSONAL
 from fedtrain.strategies.base import FederatedStrategy
 from fedtrain.strategies.registry import make_strategy
+from fedtrain.tasks.adapted import experiment_task
 from fedtrain.tasks.base import Task
+from fedtrain.training.device import check_device, set_deterministic
 from fedtrain.training.evaluation import evaluate
 from fedtrain.training.loop import Assignment, Recipe, Trainer
-from fedtrain.training.optimizer import lr_factor
+from fedtrain.training.metrics.pooled import Counts, common_scaling, make_metrics
+from fedtrain.training.parallel import Replicas
+from fedtrain.training.schedule import round_rate
 
 __all__ = ["CLIENT_ID", "Site", "make_client_app"]
 
@@ -68,19 +75,32 @@ def make_client_app(experiment: Experiment, task: Task, data: FederatedData, sit
     strategy = make_strategy(experiment, len(data.client_ids()), site.base)
     private = tuple(section.private)
     privacy = experiment.privacy if isinstance(experiment.privacy, SamplePrivacy) else None
-    recipe = Recipe(experiment.training, private=private, privacy=privacy)  # a flwr Strategy has no client half
+    # A flwr Strategy has no client half.
+    recipe = Recipe(rooted(experiment.training, site.base), private=private, privacy=privacy, model=experiment.model)
     if isinstance(strategy, FederatedStrategy):
         recipe = replace(recipe, rule=strategy.local_rule, personal_rule=strategy.personal_rule)
+    check_device(experiment.training, experiment.run.gpus, site.device)
+    set_deterministic(experiment.run.deterministic)
+    if experiment.run.gpus > 1:
+        rebuild = partial(experiment_task, experiment, data.spec, site.base)
+        recipe = replace(recipe, replicas=Replicas(experiment.run.gpus, rebuild))
     trainer = Trainer(task, recipe, experiment.seed, site.device, site.on_step)
+    exchange = make_exchange(experiment, trainer.model)
+    pooled = make_metrics(experiment.evaluation, data.spec, common_scaling(data))
+
+    def rate(instruction: wire.Instruction) -> Callable[[float], float]:
+        by_schedule = round_rate(experiment.training.schedule, instruction.round_number, experiment.rounds)
+        by_server = instruction.lr_factor
+        return lambda share: by_server * by_schedule(share)
 
     def assignment(instruction: wire.Instruction, client_id: str, before: int) -> Assignment:
         return Assignment(
             instruction.round_number,
             client_id,
-            instruction.params,
+            exchange.receive(instruction.params),
             instruction.shared,
             states.load(client_id, before),
-            lr_factor(experiment.training.schedule, instruction.round_number, experiment.rounds),
+            rate(instruction),
             instruction.work,
         )
 
@@ -103,10 +123,12 @@ def make_client_app(experiment: Experiment, task: Task, data: FederatedData, sit
             except Exception as error:  # its text may tell of the examples, and has no noise
                 _LOG.error("%s failed: %s", client_id, error if isinstance(error, FedtrainError) else blame(error))
                 raise PrivacyError("the client failed; under privacy only its own log says why") from error
-        states.save(client_id, number, result.kept, instruction.kept_round)
+        sent, lost = exchange.update(result.delta, wanted.params, wanted.kept.get("lost", {}), (number, client_id))
+        kept = {**result.kept, "lost": lost} if lost else result.kept
+        states.save(client_id, number, kept, instruction.kept_round)
         # How many examples there are, and their loss, has no noise.
         told = (1, {}) if experiment.privacy else (result.num_examples, {"loss": result.loss})
-        update = wire.Update(client_id, number, result.delta, *told, result.extra, receipt)
+        update = wire.Update(client_id, number, sent, *told, result.extra, receipt)
         return Message(wire.update_content(update), reply_to=message)
 
     @app.evaluate()
@@ -119,13 +141,16 @@ def make_client_app(experiment: Experiment, task: Task, data: FederatedData, sit
         now = assignment(instruction, client_id, number + 1)
         batch = experiment.evaluation.batch_size
         trainer.load(now.params, now.kept)
-        metrics = evaluate(trainer.model, task, own.test, batch)
+        counts = Counts(pooled)
+        metrics = evaluate(trainer.model, task, own.test, batch, counts)
+        sums = counts.sums if metrics else {}
         epochs = section.fine_tune_epochs if number == experiment.rounds else 0
         if metrics and (recipe.personal_rule or epochs):
             trainer.personalize(now, own.train, epochs)
-            personal = evaluate(trainer.model, task, own.test, batch)
+            personal = evaluate(trainer.model, task, own.test, batch, counts)
             metrics |= {f"{PERSONAL}{name}": value for name, value in personal.items()}
-        measurement = wire.Measurement(client_id, len(own.test), metrics)
+            sums = sums | {f"{PERSONAL}{name}": values for name, values in counts.sums.items()}
+        measurement = wire.Measurement(client_id, len(own.test), metrics, sums)
         return Message(wire.measurement_content(measurement), reply_to=message)
 
     return app

@@ -69,6 +69,12 @@ class ClientState:
         except OSError as error:
             raise RunError(f"the client's state cannot be written ({error.strerror})", got=path.name) from error
 
+    def keep_last(self) -> None:
+        """Forget all versions but each client's last: the run is complete, and nobody goes back."""
+        for place in self._folder.iterdir() if self._folder.is_dir() else ():
+            for old in sorted(place.glob("round-*.safetensors"))[:-1]:
+                old.unlink(missing_ok=True)
+
     def _versions(self, client_id: str) -> list[Path]:
         return sorted(self._place(client_id).glob("round-*.safetensors"))
 

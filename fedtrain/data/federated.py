@@ -22,10 +22,11 @@ from fedtrain.data.prepare import (
     given_moments,
     held_out_counts,
     prepare,
+    stratified_fold,
     stratified_sample,
 )
 from fedtrain.data.sources import load_dataset
-from fedtrain.errors import DataError
+from fedtrain.errors import DataError, nearest
 from fedtrain.experiment.sections import DataSection, GivenScaling
 from fedtrain.records import DataSummary
 from fedtrain.seeds import generator
@@ -90,7 +91,7 @@ class PartitionedData:
         self.dataset, self.partition, self.section, self.seed = dataset, partition, section, seed
         self.spec = dataset.spec
         sizes = partition.sizes()
-        self._test = held_out_counts(sizes, section.test, keep=1)
+        self._test = self._test_counts(sizes)
         self._validation = held_out_counts(sizes, section.validation, keep=1 + self._test)
         if partition.noise_variance is not None and dataset.inputs.dtype == torch.int64:
             raise DataError('the partition "feature-noise" needs features or pixels, and these are tokens')
@@ -183,11 +184,26 @@ class PartitionedData:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
+    def held_out(self) -> list[int]:
+        """Positions of the clients that never train."""
+        return [self._position(name) for name in self.section.held_out]
+
+    def _test_counts(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        counts = held_out_counts(sizes, self.section.test, keep=1)
+        if fold := self.section.fold:
+            # A client's only row stays with its training.
+            counts = np.minimum((sizes - fold.number + fold.of) // fold.of, np.maximum(sizes - 1, 0))
+        counts[self.held_out()] = sizes[self.held_out()]
+        if self.section.held_out and not (sizes - counts).any():
+            raise DataError("data.held_out leaves no client to train", got=", ".join(self.section.held_out))
+        return counts
+
     def _position(self, client_id: str) -> int:
         try:
             return self.partition.names.index(client_id)
         except ValueError as exc:
-            raise DataError("there is no such client", got=client_id, expected="one of client_ids()") from exc
+            hint = nearest(client_id, self.partition.names)
+            raise DataError("there is no such client", got=client_id, hint=hint) from exc
 
     def _split(self, position: int) -> list[NDArray[np.int64]]:
         """Test, validation and training positions within the client's rows."""
@@ -195,9 +211,15 @@ class PartitionedData:
         counts = [int(self._test[position]), int(self._validation[position])]
         if not any(counts):
             return [np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.arange(len(rows))]
-        labels = self.dataset.labels()
-        rng = generator(self.seed, "split", self.partition.names[position])
-        return stratified_sample(None if labels is None else labels[rows], len(rows), counts, rng)
+        every, name = self.dataset.labels(), self.partition.names[position]
+        labels = None if every is None else every[rows]
+        fold = self.section.fold
+        if fold is None or counts[0] == len(rows):
+            return stratified_sample(labels, len(rows), counts, generator(self.seed, "split", name))
+        rng = generator(self.seed, "folds", name)
+        test, rest = stratified_fold(labels, len(rows), (fold.number, fold.of), rng)
+        chosen, left = stratified_sample(None if labels is None else labels[rest], len(rest), counts[1:], rng)
+        return [test, rest[chosen], rest[left]]
 
     def _fixed_moments(self) -> Moments | None:
         """The scaling that is the same on all clients; None if there is none, or each client fits its own."""

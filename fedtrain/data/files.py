@@ -51,7 +51,7 @@ def load_path(section: DataSection, base: Path) -> Dataset:
     path = (base / Path(section.path).expanduser()).resolve()
     if not path.exists():
         raise DataError(
-            "there is no such file or folder", got=str(path), hint="data.path is relative to the experiment file"
+            "there is no such file or folder", got=path, hint="data.path is relative to the experiment file"
         )
     load = _image_folder if path.is_dir() else _LOADERS.get(path.suffix.lower())
     if load is None:
@@ -184,7 +184,7 @@ def _image_folder(
     if not files:
         raise DataError(
             "no images found",
-            got=str(path),
+            got=path,
             expected=f"one sub-folder of {', '.join(sorted(IMAGE_SUFFIXES))} per class",
         )
     modes, sizes = zip(*map(image_header, files))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedtrain.data.base import DataSpec
 from fedtrain.data.partition import Partition
+from fedtrain.measures import gini, jensen_shannon
 from fedtrain.records import DataSummary, Heterogeneity
 
 __all__ = ["label_counts", "measure", "summarize"]
@@ -44,22 +45,17 @@ def measure(counts: NDArray[np.int64], sizes: NDArray[np.int64]) -> Heterogeneit
 
     Returns:
         The measures, as `fedtrain.records.Heterogeneity` defines them.
-
-    References:
-        Lin: Divergence Measures Based on the Shannon Entropy. IEEE Transactions on Information Theory 37, 1991.
     """
     weight = sizes / sizes.sum()
     pooled = counts.sum(axis=0) / counts.sum()
     own = counts / np.maximum(sizes, 1)[:, None]
-    middle = (own + pooled) / 2
-    jensen_shannon = (_entropy(middle) - _entropy(own) / 2 - _entropy(pooled) / 2).clip(0, 1)
     hellinger = np.sqrt(((np.sqrt(own) - np.sqrt(pooled)) ** 2).sum(axis=1) / 2)
     return Heterogeneity(
         l1=float(weight @ np.abs(own - pooled).sum(axis=1)),
         hellinger=float(weight @ hellinger),
-        jensen_shannon=float(weight @ jensen_shannon),
+        jensen_shannon=float(weight @ np.nan_to_num(jensen_shannon(counts))),
         labels_per_client=float((counts > 0).sum(axis=1).mean()),
-        size_gini=_gini(sizes),
+        size_gini=gini(sizes),
     )
 
 
@@ -125,16 +121,3 @@ def _bins(values: NDArray[np.float32]) -> tuple[NDArray[np.int64], list[str]]:
             break
     names = [start if start == end else f"{start} to {end}" for start, end in pairwise(texts)]
     return np.searchsorted(inner, values, side="right"), names
-
-
-def _entropy(p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shannon entropy along the last axis, in bits."""
-    bits: NDArray[np.float64] = -(p * np.log2(np.where(p > 0, p, 1))).sum(axis=-1)
-    return bits
-
-
-def _gini(sizes: NDArray[np.int64]) -> float:
-    """Gini coefficient: half the mean absolute difference of two clients' sizes, relative to their mean."""
-    n = len(sizes)
-    rank = 2 * np.arange(1, n + 1) - n - 1
-    return float(rank @ np.sort(sizes) / (n * sizes.sum()))

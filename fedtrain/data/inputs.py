@@ -61,7 +61,7 @@ def read_inputs(path: Path, section: DataSection, preparation: Preparation) -> N
         MissingExtraError: the package that reads it is not installed.
     """
     if not path.exists():
-        raise DataError("there is no such input", got=str(path))
+        raise DataError("there is no such input", got=path)
     accepted = _accepted(section, preparation)
     suffix = path.suffix.lower()
     kind = "images" if path.is_dir() or suffix in IMAGE_SUFFIXES else _KINDS.get(suffix, "")
@@ -139,7 +139,7 @@ def _read_images(path: Path, section: DataSection, preparation: Preparation) -> 
         found = sorted(file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         names = [file.as_posix() for file in found if not any(part.startswith(".") for part in file.parts)]
         if not names:
-            raise DataError("no images found", got=str(path), expected=", ".join(sorted(IMAGE_SUFFIXES)))
+            raise DataError("no images found", got=path, expected=", ".join(sorted(IMAGE_SUFFIXES)))
     files = [path / name for name in names] if path.is_dir() else [path]
     channels, height, width = preparation.spec.input_shape
     if section.path is None or "size" not in section.options:

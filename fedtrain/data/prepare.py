@@ -24,6 +24,7 @@ __all__ = [
     "given_moments",
     "held_out_counts",
     "prepare",
+    "stratified_fold",
     "stratified_sample",
 ]
 
@@ -231,3 +232,25 @@ def stratified_sample(
         samples.append(np.sort(left[chosen]))
         left = left[~chosen]
     return [*samples, np.sort(left)]
+
+
+def stratified_fold(
+    labels: NDArray[np.int64] | None, population: int, fold: tuple[int, int], rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Take one part of a division into equal parts in which each class has its share, up to one example.
+
+    Args:
+        labels: `(population,)` classes; None to divide without regard to them.
+        population: rows to divide.
+        fold: which part, from 1, and of how many.
+        rng: the stream to draw from, the same for all parts.
+
+    Returns:
+        The part's rows, and all others; each ascending.
+    """
+    number, parts = fold
+    order = rng.permutation(population)
+    if labels is not None:
+        order = order[np.argsort(labels[order], kind="stable")]
+    mine = np.arange(population) % parts == number - 1
+    return np.sort(order[mine]), np.sort(order[~mine])

@@ -159,4 +159,4 @@ def _writable(home: Path) -> int:
             return shutil.disk_usage(home).free
     except OSError as error:
         what = f"the client's folder cannot be written ({error.strerror})"
-        raise InputError(what, got=str(home), hint="Choose another one with --home") from error
+        raise InputError(what, got=home, hint="Choose another one with --home") from error

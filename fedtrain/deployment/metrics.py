@@ -9,7 +9,7 @@ from typing import Any
 from fedtrain.errors import InputError, MissingExtraError
 from fedtrain.link.roster import Member
 from fedtrain.records import RoundRecord
-from fedtrain.server.rounds import Observer
+from fedtrain.server.observer import Observer
 
 __all__ = ["Metrics"]
 

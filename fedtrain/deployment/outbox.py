@@ -52,7 +52,8 @@ class Outbox:
             save(packed, self._path(task))
         except OSError as error:
             raise RunError(
-                f"an update cannot be kept in {self._folder} ({os.strerror(error.errno or 0)})", hint="Free some space"
+                f"an update cannot be kept in {self._folder} ({os.strerror(error.errno or 0)})",
+                hint="Free some space, or make it writable",
             ) from error
 
     def drop(self, round_number: int) -> None:

@@ -74,7 +74,7 @@ class Roster(BaseModel):
         except FileNotFoundError:
             return cls()
         except (OSError, ValidationError) as error:
-            raise RunFolderError("the run's list of clients is damaged", got=str(path)) from error
+            raise RunFolderError("the run's list of clients is damaged", got=path) from error
 
     def write(self, path: Path) -> None:
         """Replace it."""

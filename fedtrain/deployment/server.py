@@ -22,7 +22,7 @@ from fedtrain.experiment.sections import Experiment
 from fedtrain.link.hub import Door, Hub
 from fedtrain.link.register import Passing
 from fedtrain.rundir import RunFolder
-from fedtrain.server.rounds import Observer
+from fedtrain.server.observer import Observer
 from fedtrain.simulations.run import Backend, Places, Setup, simulate
 
 __all__ = ["Listening", "Opened", "serve"]
@@ -79,6 +79,12 @@ def serve(experiment: Experiment, places: Places, observer: Observer, listening:
         InterruptedRunError: stopped by a signal; resumable.
         RunError: the run cannot go on; resumable.
     """
+    if listening.own_data and experiment.data.held_out:
+        raise InputError(
+            "data.held_out is for clients whose names are known beforehand",
+            got=", ".join(experiment.data.held_out),
+            hint="Leave it out, or leave --own-data out",
+        )
     folder = RunFolder(places.out)
     with contextlib.ExitStack() as stack:
         hub: Hub | None = None
@@ -93,7 +99,7 @@ def serve(experiment: Experiment, places: Places, observer: Observer, listening:
                 stack.enter_context(folder.locked())  # before anybody is let in, and for as long as the hub is open
                 folder.spool.mkdir(exist_ok=True)
                 attendance = _Attendance(Roster.read(folder.roster), data, fixed=experiment.privacy is not None)
-                offer = offer_for(experiment, attendance.roster.run, own_data=listening.own_data)
+                offer = offer_for(experiment, attendance.roster.run, own_data=listening.own_data, base=places.base)
                 hub = Hub(listening.address, offer, attendance, folder.spool, listening.door)
                 stack.enter_context(listening.opened(Opened(hub, data.client_ids() if data else (), observer)))
                 stack.enter_context(hub)

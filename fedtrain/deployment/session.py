@@ -172,7 +172,7 @@ class Client:
         content = task.fetch(assembly.limit)
         if not isinstance(content, RecordDict) or not task.group.isdecimal():
             raise LinkError("the server asks for nothing that a client can do", got=task.kind)
-        metadata = Metadata(1, task.id, 0, 1, "", task.group, time.time(), 3600.0, task.kind)
+        metadata = Metadata(1, task.id, 0, 1, "", task.group, time.time(), 3600.0, task.kind)  # noqa: TID251 - a date
         message = flower.message(content, metadata)
         with contextlib.suppress(FedtrainError, KeyError):
             assembly.outbox.drop(wire.instruction(message).kept_round)

@@ -13,22 +13,25 @@ from flwr.clientapp import ClientApp
 from fedtrain.client.app import Site, make_client_app
 from fedtrain.client.budget import Budget
 from fedtrain.client.state import ClientState
-from fedtrain.data.base import Examples
+from fedtrain.data.base import DataSpec, Examples
 from fedtrain.data.federated import PartitionedData, build
 from fedtrain.deployment.outbox import Outbox
-from fedtrain.deployment.terms import OWN_DATA, accepted, check_told, describe
+from fedtrain.deployment.terms import MODEL_FILES, OWN_DATA, accepted, check_told, describe
+from fedtrain.disk import sha256_of
 from fedtrain.errors import DataError, InputError
 from fedtrain.experiment.partitions import IidPartition
 from fedtrain.experiment.privacy import SamplePrivacy
 from fedtrain.experiment.sections import Experiment, RunSection
 from fedtrain.link.control import Offer
-from fedtrain.params import exchanged
+from fedtrain.params import exchanged, is_private
 from fedtrain.privacy.plan import SamplePlan
 from fedtrain.rundir import RunFolder
 from fedtrain.simulations.private import protection, requests
-from fedtrain.tasks.registry import check_task, make_task
-from fedtrain.training.device import find_device
+from fedtrain.tasks.adapted import experiment_task
+from fedtrain.tasks.registry import check_task
+from fedtrain.training.device import check_device, find_device
 from fedtrain.training.loop import build_model
+from fedtrain.training.optimizer import check_optimizer
 
 __all__ = ["Assembly", "Owner", "assemble", "own_device"]
 
@@ -45,7 +48,7 @@ class Owner:
         device: where to train: auto, cpu, cuda or cuda:N.
         policy: the policy file; None allows what is asked.
         code: own tasks, loaders and strategies that may be run.
-        base: folder in which "file.py:Name" is looked for.
+        base: folder in which "file.py:Name" is looked for, and files that [model] names.
     """
 
     name: str
@@ -91,21 +94,31 @@ def assemble(owner: Owner, offer: Offer, on_step: Callable[[], None] | None = No
     experiment = accepted(offer, owner.code)
     folder = RunFolder(owner.home / "runs" / offer.run)
     ledgers, policy = str(owner.home.resolve() / "ledgers"), str(owner.policy.resolve()) if owner.policy else None
-    here = RunSection(threads=experiment.run.threads, device=owner.device, policy=policy, ledgers=ledgers)
+    here = RunSection(
+        threads=experiment.run.threads,
+        device=owner.device,
+        deterministic=experiment.run.deterministic,
+        policy=policy,
+        ledgers=ledgers,
+    )
     experiment = experiment.model_copy(update={"run": here})
     data = _own_data(experiment, owner)
     if isinstance(experiment.privacy, SamplePrivacy) and experiment.data.name is None and not owner.share:
         check_told(experiment.data, data.spec)
     torch.set_num_threads(experiment.run.threads)
-    train = data.client(owner.name).train
-    task = make_task(experiment.task, data.spec, owner.base)
-    check_task(task, Examples(train.inputs[:4], train.targets[:4]))
+    own = data.client(owner.name)
+    train = own.train
+    tried = train if len(train) else own.test  # a client that never trains
+    task = experiment_task(_with_initial_values(experiment, offer, data.spec, owner.base), data.spec, owner.base)
+    check_task(task, Examples(tried.inputs[:4], tried.targets[:4]))
     protects = protection(experiment, (owner.base, folder), data, data.sizes(), task)
     model = build_model(task, experiment.seed)
+    check_optimizer(experiment.training, owner.base, model)
     budget = None
     if protects and isinstance(protects.plan, SamplePlan):
         request = requests(experiment, offer.run, model)
         budget = Budget(protects.plan, request, protects.ledgers, protects.policy, data)
+    check_device(experiment.training, experiment.run.gpus, own_device(owner))
     site = Site(owner.base, ClientState(folder.clients), own_device(owner), budget, on_step)
     size = sum(t.numel() * t.element_size() for t in exchanged(model).values())
     # Where a server has no rows, it needs the sizes also under privacy, whose plan takes them as public.
@@ -128,6 +141,37 @@ def own_device(owner: Owner) -> torch.device:
         raise InputError(
             error.what, got=f"--device {owner.device}", expected=error.expected, hint="Use --device cpu"
         ) from error
+
+
+def _with_initial_values(experiment: Experiment, offer: Offer, spec: DataSpec, base: Path) -> Experiment:
+    """Find the files that initial values come from; leave them out where the server sends all values anyway.
+
+    Raises:
+        InputError: a file is needed, and is not here, or not the server's.
+    """
+    bare = experiment.model_copy(update={"model": experiment.model.without_files()})
+    if not experiment.model.files or _is_sent_whole(bare, spec, base):
+        return bare
+    told = offer.facts.get(MODEL_FILES)
+    for name in experiment.model.files:
+        path = base / name
+        where = f"Copy the server's file to {path}"
+        if not path.is_file():
+            raise InputError("a file of [model] is not here, and what is not trained is not sent", got=name, hint=where)
+        if not isinstance(told, dict) or told.get(name) != sha256_of(path):
+            raise InputError("a file of [model] is another one than the server's", got=name, hint=where)
+    return experiment
+
+
+def _is_sent_whole(experiment: Experiment, spec: DataSpec, base: Path) -> bool:
+    """Whether a client's model is what the server sends, whatever it was before."""
+    compression, private = experiment.compression, experiment.personalization.private
+    if compression.down and compression.down_of == "change":
+        return False
+    model = build_model(experiment_task(experiment, spec, base), experiment.seed)
+    sent = {name for name in exchanged(model) if not is_private(name, private)}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return sent >= tensors.keys() & model.state_dict().keys()
 
 
 def _own_data(experiment: Experiment, owner: Owner) -> PartitionedData:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,30 +13,41 @@ from fedtrain.data.base import DataSpec
 from fedtrain.data.federated import PartitionedData
 from fedtrain.data.table import text_columns
 from fedtrain.errors import DataError, LinkError, PolicyError, shorten
+from fedtrain.experiment.code import code_of
 from fedtrain.experiment.load import identity
 from fedtrain.experiment.sections import DataSection, Experiment, RunSection
-from fedtrain.experiment.strategies import OwnStrategy
 from fedtrain.link.control import Offer
+from fedtrain.tasks.modelling import digests
 
-__all__ = ["OWN_DATA", "accepted", "check_told", "code_of", "describe", "differences", "offer_for"]
+__all__ = ["MODEL_FILES", "OWN_DATA", "accepted", "check_told", "describe", "differences", "offer_for"]
 
 OWN_DATA = "own_data"
 """Key of the offer's facts: the clients' rows are nowhere else."""
+MODEL_FILES = "model_files"
+"""Key of the offer's facts: the files that [model] names -> their SHA-256."""
 
 _EXPERIMENT = "experiment"
 _MOST_THREADS = 1024
 
 
-def offer_for(experiment: Experiment, run: str, *, own_data: bool = False) -> Offer:
+def offer_for(experiment: Experiment, run: str, *, own_data: bool = False, base: Path = Path()) -> Offer:
     """Write what clients are offered. Of [run], which is this machine's affair, they learn the number of threads.
 
     Args:
         experiment: what is run.
         run: its name.
         own_data: the server has no rows, and needs to know how many each client has.
+        base: the experiment file's folder.
+
+    Raises:
+        InputError: a file that [model] names cannot be read.
     """
     told = experiment.model_copy(update={"run": RunSection(threads=experiment.run.threads)})
-    facts = {_EXPERIMENT: told.model_dump(mode="json"), OWN_DATA: own_data}
+    facts = {
+        _EXPERIMENT: told.model_dump(mode="json"),
+        OWN_DATA: own_data,
+        MODEL_FILES: digests(experiment.model, base),
+    }
     return Offer(run=run, experiment_hash=identity(told), facts=facts)
 
 
@@ -51,7 +63,8 @@ def accepted(offer: Offer, code: Collection[str]) -> Experiment:
 
     Raises:
         LinkError: it holds no experiment, or another than it says.
-        PolicyError: it names code that the owner has not allowed, or wants more threads than any machine has use for.
+        PolicyError: it names code that the owner has not allowed, or a file outside the owner's folder of code; or it
+            wants more threads than any machine has use for.
     """
     try:
         experiment = Experiment.model_validate(offer.facts.get(_EXPERIMENT))
@@ -67,20 +80,21 @@ def accepted(offer: Offer, code: Collection[str]) -> Experiment:
             got=", ".join(map(shorten, foreign)),
             hint=f"If it is installed here and you trust it: --allow-code {shorten(foreign[0])}",
         )
+    for name in experiment.model.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts or name.startswith("~"):
+            raise PolicyError(
+                "the experiment names a file outside this client's folder of code",
+                got=f"[model] {shorten(name)}",
+                expected="a path below that folder, without ..",
+            )
     if experiment.run.threads > _MOST_THREADS:
         raise PolicyError(
             "the experiment asks for more threads than a client gives",
             got=f"run.threads = {shorten(experiment.run.threads)}",
             expected=f"at most {_MOST_THREADS}",
         )
-    clients = experiment.clients.model_copy(update={"tags": None, "where": {}})
+    clients = experiment.clients.model_copy(update={"tags": None, "where": {}, "duration": None})
     return experiment.model_copy(update={"clients": clients})
-
-
-def code_of(experiment: Experiment) -> list[str]:
-    """The code of a user's own that an experiment names."""
-    strategy = experiment.strategy.path if isinstance(experiment.strategy, OwnStrategy) else ""
-    return [name for name in (experiment.task.name, experiment.data.name or "", strategy) if ":" in name]
 
 
 def describe(data: PartitionedData) -> dict[str, Any]:

@@ -8,7 +8,19 @@ from pydantic import Field, model_validator
 
 from fedtrain.experiment.base import Section, tag_defaults_to
 
-__all__ = ["ClientsSection", "ConstantDuration", "DurationSection", "LognormalDuration", "StragglersDuration"]
+__all__ = [
+    "AvailabilitySection",
+    "ClientsSection",
+    "ConstantDuration",
+    "DeviceDuration",
+    "DeviceFileDuration",
+    "DevicesDuration",
+    "DurationSection",
+    "FileAvailability",
+    "LognormalDuration",
+    "PeriodicAvailability",
+    "StragglersDuration",
+]
 
 
 class _Duration(Section):
@@ -41,8 +53,75 @@ class StragglersDuration(_Duration):
     """Expected fraction of stragglers in a round; with deadline = seconds, those of the FedProx paper."""
 
 
+class PeriodicAvailability(Section):
+    """Each client is there once in each period, from a moment of its own on."""
+
+    kind: Literal["periodic"] = "periodic"
+    period: float = Field(default=86400.0, ge=1)
+    """Seconds after which a client's availability repeats."""
+    share: float = Field(default=0.5, ge=0.001, le=1)
+    """Share of each period in which a client is there; when its share begins is drawn once per client."""
+
+
+class FileAvailability(Section):
+    """Clients are there as a file says."""
+
+    kind: Literal["file"]
+    file: str = Field(examples=["windows.csv"])
+    """A CSV file with the columns `client`, `start` and `end`, in seconds since the run began, relative to the
+    experiment file; a client may have many lines, and one without any is never asked."""
+    period: float | None = Field(default=None, ge=1, examples=[604800.0])
+    """Seconds after which all windows repeat; without it, nobody is there after the last of them."""
+
+
+AvailabilitySection = Annotated[
+    PeriodicAvailability | FileAvailability, Field(discriminator="kind"), tag_defaults_to("kind", "periodic")
+]
+
+
+class DeviceDuration(Section):
+    """What a device's time is made of: its steps, its messages each way, and when it is there."""
+
+    kind: str
+    latency: float = Field(default=0.05, ge=0)
+    """Seconds that a message is on its way beside what its bytes take, in either direction."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Chance of each participation that the client vanishes, after a uniformly drawn part of its time."""
+    availability: AvailabilitySection | None = None
+    """When clients are there; always unless given. One that has to leave while it works has vanished."""
+
+
+class DevicesDuration(DeviceDuration):
+    """Steps and bytes take their time, on devices and links that are drawn once per client."""
+
+    kind: Literal["devices"]
+    step_seconds: Annotated[float, Field(gt=0)] | Literal["measured"] = "measured"
+    """Seconds of one local step on a device of median speed; "measured" times one on this machine as the run begins."""
+    slowness_sigma: float = Field(default=0.5, ge=0)
+    """Standard deviation of the logarithm of a step's seconds over clients; 0 for equal devices."""
+    bandwidth_up: float = Field(default=1e6, gt=0)
+    """Median bytes per second from a client to the server."""
+    bandwidth_down: float = Field(default=5e6, gt=0)
+    """Median bytes per second from the server to a client."""
+    bandwidth_sigma: float = Field(default=0.5, ge=0)
+    """Standard deviation of the logarithm of a client's bandwidths, which are drawn together; 0 for equal links."""
+
+
+class DeviceFileDuration(DeviceDuration):
+    """Steps and bytes take their time, on devices and links of a CSV file such as FedScale's."""
+
+    kind: Literal["device-file"]
+    file: str = Field(examples=["devices.csv"])
+    """A CSV file, relative to the experiment file: computation (milliseconds of inference per example), communication
+    (kbit/s), and, if links differ by direction, upload (kbit/s). Without a column client, each client gets a line by
+    lot."""
+    step_seconds: Annotated[float, Field(gt=0)] | Literal["measured", "file"] = "measured"
+    """Seconds of one local step on the file's median device; "measured" times one on this machine as the run begins;
+    "file" goes by the file alone: three times computation per example of a batch, as FedScale has it."""
+
+
 DurationSection = Annotated[
-    ConstantDuration | LognormalDuration | StragglersDuration,
+    ConstantDuration | LognormalDuration | StragglersDuration | DevicesDuration | DeviceFileDuration,
     Field(discriminator="kind"),
     tag_defaults_to("kind", "constant"),
 ]

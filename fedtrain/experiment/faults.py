@@ -124,11 +124,13 @@ def _elsewhere(place: _Place, tree: dict[str, Any]) -> str:
     return f"Did you mean {' or '.join(paths)}?" if paths else ""
 
 
-def _contradiction(message: str, section: Mapping[str, Any], place: _Place) -> tuple[Fault, list[str]]:
+def _contradiction(message: str, section: Any, place: _Place) -> tuple[Fault, list[str]]:
     """Show the values that the message speaks of."""
+    if not isinstance(section, Mapping):  # one value, which a check of its own refused
+        return Fault(place.path, shorten(inline(section)), message), [place.path]
     mentioned: dict[str, str] = {}
     for path in sorted(dict.fromkeys(path for _, path, _ in positions(place.node)), key=message.find):
-        node = place.node["properties"].get(path, {})
+        node = place.node.get("properties", {}).get(path, {})
         if "properties" in node:  # the name of a section, such as clients, is a word like any other
             continue
         if re.search(rf"(?<![\w.\"]){re.escape(path)}(?![\w.\"])", message):

@@ -61,8 +61,8 @@ def to_toml(experiment: Experiment) -> str:
 
 
 def identity(experiment: Experiment) -> str:
-    """Hash what is computed: SHA-256, in hex, of all fields but the name and the [run] section."""
-    values = experiment.model_dump(mode="json", exclude={"name", "run"})
+    """Hash what is computed: SHA-256, in hex, of all fields but the name, the [run] section and the byte budget."""
+    values = experiment.model_dump(mode="json", exclude={"name": True, "run": True, "compression": {"max_bytes"}})
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -77,17 +77,17 @@ def _read(path: Path) -> str:
             map(str, path.parent.glob("*.toml")),
             otherwise=f"To write one: fedtrain init {path.stem}.toml",
         )
-        raise InputError("there is no such experiment file", got=str(path), hint=hint) from error
+        raise InputError("there is no such experiment file", got=path, hint=hint) from error
     except IsADirectoryError as error:
         inside = path / "experiment.toml"
         hint = f"Did you mean {inside}?" if inside.exists() else "To write one: fedtrain init digits.toml"
-        raise InputError("the experiment file is a folder", got=str(path), hint=hint) from error
+        raise InputError("the experiment file is a folder", got=path, hint=hint) from error
     except UnicodeDecodeError as error:
         what = "the experiment file is not UTF-8 text"
-        raise InputError(what, got=str(path), hint="Save it as UTF-8, or write one with: fedtrain init") from error
+        raise InputError(what, got=path, hint="Save it as UTF-8, or write one with: fedtrain init") from error
     except OSError as error:
         what = f"the experiment file cannot be read ({error.strerror})"
-        raise InputError(what, got=str(path), hint="Check its permissions, or write one with: fedtrain init") from error
+        raise InputError(what, got=path, hint="Check its permissions, or write one with: fedtrain init") from error
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:

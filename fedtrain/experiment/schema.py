@@ -36,6 +36,9 @@ def json_schema() -> dict[str, Any]:
     name["anyOf"] = [{"const": name.pop("const")}, {"pattern": own["properties"]["path"]["pattern"]}]
     own["required"] = ["name"]
     own["oneOf"] = [{"required": ["path"]}, {"properties": {"name": name["anyOf"][1]}}]
+    # A bare name stands for the defaults of its kind.
+    augment = schema["$defs"]["TrainingSection"]["properties"]["augment"]
+    augment["items"] = {"anyOf": [{"enum": list(augment["items"]["discriminator"]["mapping"])}, augment["items"]]}
     return schema
 
 
@@ -156,6 +159,8 @@ def _list_of(node: dict[str, Any]) -> str:
     else:
         count, item = "a list of", node["items"]
     least = ", at least one" if node.get("minItems") == 1 else ""
+    if variants(item)[0]:
+        return f"a list, each member {allowed(item)}"
     return f"{count} {_NOUNS[item['type']][1]}{_bounds(item)}{least}"
 
 

@@ -6,25 +6,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fedtrain.experiment.base import Section, tag_defaults_to
+from fedtrain.experiment import augment, compute, evaluation, losses, model, optimizers, stopping
+from fedtrain.experiment.base import Section
 from fedtrain.experiment.clients import ClientsSection
+from fedtrain.experiment.compression import CompressionSection
+from fedtrain.experiment.evaluation import EvaluationSection
 from fedtrain.experiment.gate import GateSection
+from fedtrain.experiment.model import ModelSection
+from fedtrain.experiment.optimizers import SgdSection
 from fedtrain.experiment.partitions import IidPartition, PartitionSection
 from fedtrain.experiment.privacy import ClientPrivacy, PrivacySection, SamplePrivacy
 from fedtrain.experiment.strategies import FedAvgStrategy, FedBuffStrategy, StrategySection
+from fedtrain.experiment.training import TrainingSection
 
 __all__ = [
-    "AdamSection",
     "DataSection",
-    "EvaluationSection",
     "Experiment",
+    "FoldSection",
     "GivenScaling",
     "PersonalizationSection",
     "RunSection",
-    "ScheduleSection",
-    "SgdSection",
     "TaskSection",
-    "TrainingSection",
 ]
 
 # Repeated here, for editors, because the registries import torch; a test compares them.
@@ -50,6 +52,21 @@ class GivenScaling(Section):
     """One per feature, or a single one for all."""
     std: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
     """One per feature, or a single one for all."""
+
+
+class FoldSection(Section):
+    """One fold of a cross-validation: each client's rows fall into so many equal parts, stratified by class."""
+
+    number: int = Field(ge=1)
+    """The part that is each client's test set, from 1."""
+    of: int = Field(ge=2, le=1000)
+    """Number of parts."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FoldSection:
+        if self.number > self.of:
+            raise ValueError(f"there is no fold {self.number} of {self.of}")
+        return self
 
 
 class DataSection(Section):
@@ -102,6 +119,12 @@ class DataSection(Section):
     """Fraction set apart before partitioning as the central test set, where the source has none of its own.
     If 0, the clients' test examples together serve."""
 
+    fold: FoldSection | None = Field(default=None, examples=[{"number": 1, "of": 5}])
+    """Hold out one part of each client's rows in place of `test`: `fedtrain crossval` runs all of them."""
+
+    held_out: list[str] = Field(default=[], examples=[["hospital-3"]])
+    """Clients that never train: all their rows are test examples. `fedtrain crossval --leave-one-out` takes each."""
+
     @model_validator(mode="after")
     def _consistent(self) -> DataSection:
         if (self.name is None) == (self.path is None):
@@ -115,99 +138,18 @@ class DataSection(Section):
             raise ValueError('say over how many clients to spread the examples, or use the partition "natural"')
         if self.partition.kind == "fcube" and self.clients != 4:
             raise ValueError('the partition "fcube" is made for clients = 4')
+        if self.fold is not None and self.test:
+            raise ValueError(
+                "fold and test contradict each other, for each says which rows are held out: set data.test = 0.0"
+            )
         if self.validation + self.test >= 1:
             raise ValueError("validation + test must stay below 1: nothing would be left to train on")
         return self
 
-
-class SgdSection(Section):
-    """Stochastic gradient descent, as torch.optim.SGD."""
-
-    name: Literal["sgd"] = "sgd"
-    lr: float = Field(default=0.1, gt=0)
-    """Learning rate."""
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Momentum; the buffer starts at zero in each round."""
-    nesterov: bool = False
-    """Nesterov momentum."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """L2 penalty added to the gradient."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SgdSection:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs momentum greater than 0")
-        return self
-
     @property
-    def is_plain(self) -> bool:
-        """Whether a step is the learning rate times the gradient, and nothing else."""
-        return self.momentum == 0 and self.weight_decay == 0
-
-
-_Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class AdamSection(Section):
-    """Adam or AdamW, as in torch.optim; the moments start at zero in each round."""
-
-    name: Literal["adam", "adamw"]
-    lr: float = Field(default=0.001, gt=0)
-    """Learning rate."""
-    betas: tuple[_Beta, _Beta] = Field(default=(0.9, 0.999), strict=False)  # a TOML list is not strictly a tuple
-    """Decay of the first and second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the denominator."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """L2 penalty (adam) or decoupled decay (adamw)."""
-
-
-class ScheduleSection(Section):
-    """Learning rate over rounds, as a factor of the optimiser's lr."""
-
-    name: Literal["constant", "cosine"] = "constant"
-    """constant, or cosine: falls towards final_factor, which it would reach one round after the last."""
-    warmup_rounds: int = Field(default=0, ge=0)
-    """Rounds over which the rate first rises linearly to its full value."""
-    final_factor: float = Field(default=0.0, ge=0, le=1)
-    """Factor at which a cosine schedule ends; the last round is still above it."""
-
-
-class TrainingSection(Section):
-    """What a client does in a round."""
-
-    local_epochs: int | None = Field(default=None, ge=1, examples=[1])
-    """Passes over the client's training examples per round; 1 unless local_steps is given."""
-    local_steps: int | None = Field(default=None, ge=1, examples=[100])
-    """Optimiser steps per round, in place of local_epochs; passes are repeated as needed."""
-    batch_size: int = Field(default=32, ge=1)
-    """Examples per step; the last batch of a pass may be smaller."""
-    optimizer: Annotated[SgdSection | AdamSection, Field(discriminator="name"), tag_defaults_to("name", "sgd")] = (
-        SgdSection()
-    )
-    """Local optimiser."""
-    schedule: ScheduleSection = ScheduleSection()
-    """Learning rate over rounds."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: the model computes its loss in mixed precision (torch.autocast); parameters, updates and measurements
-    stay in float32."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainingSection:
-        if self.local_epochs is not None and self.local_steps is not None:
-            raise ValueError("local_epochs and local_steps contradict each other: give one")
-        return self
-
-    def steps_for(self, size: int, work: float = 1.0) -> int:
-        """Count the optimiser steps of a client's round.
-
-        Args:
-            size: examples in the client's training set, at least 1.
-            work: share of the steps that there is time for; at least one is taken.
-        """
-        per_pass = -(-size // min(self.batch_size, size))
-        whole = self.local_steps or per_pass * (self.local_epochs or 1)
-        return max(1, int(whole * work + 1e-9))
+    def tests_clients(self) -> bool:
+        """Whether clients hold examples out to be tested on."""
+        return self.test > 0 or self.fold is not None or bool(self.held_out)
 
 
 class PersonalizationSection(Section):
@@ -221,29 +163,6 @@ class PersonalizationSection(Section):
     """After the last round each client that evaluates trains the final model on its own examples for so many passes."""
 
 
-class EvaluationSection(Section):
-    """When the model is measured, and on whose examples."""
-
-    central_every: int = Field(default=1, ge=0)
-    """Rounds between evaluations on the central test set; 0: only after the last round."""
-    clients_every: int = Field(default=0, ge=0)
-    """Rounds between evaluations on the clients' held-out examples; 0: only after the last round."""
-    max_clients: int = Field(default=100, ge=0)
-    """Most clients asked to evaluate (a fixed random sample of them); 0: none."""
-    batch_size: int = Field(default=1000, ge=1)
-    """Examples per forward pass."""
-    target_metric: str | None = Field(default=None, examples=["accuracy"])
-    """Central metric with a goal, such as "accuracy"; the summary then names the first round that reached it."""
-    target_value: float | None = Field(default=None, examples=[0.9])
-    """The goal: reached from below for accuracy and r2, from above for losses and errors."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> EvaluationSection:
-        if (self.target_metric is None) != (self.target_value is None):
-            raise ValueError("target_metric and target_value go together: give both or none")
-        return self
-
-
 class RunSection(Section):
     """How the run is carried out. Not part of the run's identity: a run may be resumed with other values."""
 
@@ -253,6 +172,16 @@ class RunSection(Section):
     """Intra-op threads of torch in each process. Results are equal by the byte for equal threads."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", examples=["auto", "cpu", "cuda:1"])
     """auto (CUDA where there is one), cpu, cuda or cuda:1. Results are equal by the byte on cpu."""
+    gpus: int = Field(default=1, ge=1, le=64)
+    """Devices that share each batch of a client, from `device` on: processes on one machine, over NCCL. On cpu they are
+    processes over Gloo, to try it out."""
+    deterministic: bool = False
+    """Use torch's deterministic algorithms alone, for results that repeat on one GPU model; slower. A layer that has
+    none is an error."""
+    trackers: Literal["auto"] | list[Literal["tensorboard", "wandb", "mlflow"]] = "auto"
+    """Trackers fed with the records: tensorboard, wandb, mlflow; auto: tensorboard where it is installed."""
+    histograms_every: int = Field(default=0, ge=0)
+    """Rounds between histograms of weights, their changes and activations, which TensorBoard and W&B show; 0: none."""
     checkpoint_seconds: float = Field(default=10.0, ge=0)
     """Least time between checkpoints in seconds; 0: after every round. There is always one at the end and at Ctrl-C."""
     policy: str | None = Field(default=None, examples=["policy.toml"])
@@ -276,6 +205,8 @@ class Experiment(Section):
     """What is learned."""
     data: DataSection
     """Which data, on whose side."""
+    model: ModelSection = ModelSection()
+    """How the task's model starts, and which of its parameters are trained."""
     clients: ClientsSection = ClientsSection()
     """Who takes part in a round."""
     training: TrainingSection = TrainingSection()
@@ -288,6 +219,8 @@ class Experiment(Section):
     """Whose privacy is protected, and how; leave out for none."""
     gate: GateSection = GateSection()
     """Which updates may touch the model."""
+    compression: CompressionSection = CompressionSection()
+    """How parameters and updates are compressed on their way."""
     evaluation: EvaluationSection = EvaluationSection()
     """When the model is measured."""
     run: RunSection = RunSection()
@@ -306,6 +239,9 @@ class Experiment(Section):
         self._check_strategy()
         if self.privacy is not None:
             self._check_privacy(self.privacy)
+        for part in (model, optimizers, losses, augment, compute, stopping, evaluation):
+            for objection in part.objections(self):
+                raise ValueError(objection)
         return self
 
     def _check_privacy(self, privacy: SamplePrivacy | ClientPrivacy) -> None:
@@ -330,12 +266,16 @@ class Experiment(Section):
                     f'training.precision = "{self.training.precision}" rounds the gradients whose norms are bounded; '
                     'privacy.unit = "sample" needs "float32"'
                 )
-            if self.data.test or self.data.validation:
+            if self.data.tests_clients or self.data.validation:
                 raise ValueError(
-                    "data.test and data.validation hold out examples by a draw that one more example would change; "
-                    "privacy measures on data.central_test"
+                    "data.test, data.fold, data.held_out and data.validation hold out examples by a draw that one more "
+                    "example would change; privacy measures on data.central_test"
                 )
             return
+        if self.compression.max_bytes is not None:
+            raise ValueError(
+                f"compression.max_bytes ends a run by how many clients take part and what they send, {told}"
+            )
         if not strategy.steps_along_a_mean:
             raise ValueError(
                 f'strategy.name = "{strategy.name}" needs every single update, and privacy.unit = "client" leaves '
@@ -370,6 +310,11 @@ class Experiment(Section):
                 raise ValueError(
                     f"strategy.buffer_size = {strategy.buffer_size} can never fill with data.clients = "
                     f"{self.data.clients}: a client trains on one model at most once"
+                )
+            if self.compression.up_of == "full":
+                raise ValueError(
+                    'strategy.name = "fedbuff" uses updates of older models, and compression.up_of = "full" does not '
+                    'say what has changed: take "delta"'
                 )
             if self.clients.deadline is not None:
                 raise ValueError('strategy.name = "fedbuff" waits for nobody: leave out clients.deadline')

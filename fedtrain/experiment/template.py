@@ -231,12 +231,12 @@ def write(target: str, template: str | None = None) -> Path:
     path = Path(target if target.endswith(".toml") else f"{target}.toml")
     text = render(template or (path.stem if path.stem in TEMPLATES else "digits"))
     if path.exists():
-        raise InputError("the file exists and stays as it is", got=str(path), hint="Give another name, or remove it.")
+        raise InputError("the file exists and stays as it is", got=path, hint="Give another name, or remove it.")
     try:
         atomic_write(path, lambda file: file.write(text.encode()))
     except OSError as error:
         what = f"the experiment file cannot be written ({error.strerror})"
-        raise InputError(what, got=str(path), hint="Give a path in a folder that exists and is writable.") from error
+        raise InputError(what, got=path, hint="Give a path in a folder that exists and is writable.") from error
     return path
 
 
@@ -264,6 +264,8 @@ def _entry(key: str, node: dict[str, Any], values: Mapping[str, Any]) -> Iterato
     active = key in values
     value = values[key] if active else node.get("default", node.get("examples", [None])[0])
     paragraphs = [_meaning(node, shown=not active)]
+    if value is None and "properties" in node:
+        value = {}  # a table whose keys all have defaults
     tag, choices = variants(node)
     if tag:
         value = value or {tag: next(iter(choices))}
@@ -298,7 +300,7 @@ def _meaning(node: dict[str, Any], *, shown: bool) -> str:
     description: str = node["description"]
     is_table = "properties" in node or "discriminator" in node
     told = "enum" in node and all(choice in description for choice in node["enum"])
-    bounds = "" if told or is_table else _TYPE.sub("", allowed(node))
+    bounds = "" if told or is_table else _TYPE.sub("", allowed(node)).lstrip(", ")
     facts = [bounds] if bounds else []
     if shown and "default" not in node:
         facts.append("not set by default")
@@ -332,9 +334,11 @@ def _row(key: str, node: dict[str, Any]) -> str:
 
 def _inner_tables(path: str, node: dict[str, Any]) -> Iterator[str]:
     """Tabulate the keys of an inline table: of each variant, or of the one table that the key may hold."""
-    tag, choices = variants(node)
+    listed = "items" in node
+    tag, choices = variants(node["items"] if listed else node)
     for name, table in choices.items():
         where = f"{path} = {{ {tag} = {inline(name)} }}" if "." in path else f"[{path}] {tag} = {inline(name)}"
+        where = f"{path} = [{{ {tag} = {inline(name)} }}]" if listed else where
         yield from ("", f"#### {where}", "", table["description"])
         rows = [_row(key, child) for key, child in table["properties"].items() if key != tag]
         yield from ("", *_HEAD, *rows) if rows else ()

@@ -43,7 +43,7 @@ def _answer(message: Message, context: Context) -> Message:
     from fedtrain.data.federated import build
     from fedtrain.fleet.engine import plain
     from fedtrain.simulations.grid import answer
-    from fedtrain.tasks.registry import make_task
+    from fedtrain.tasks.adapted import experiment_task
     from fedtrain.training.device import find_device
 
     run, node = RunSettings.of(context.run_config), NodeSettings.of(context.node_config)
@@ -51,7 +51,7 @@ def _answer(message: Message, context: Context) -> Message:
     torch.set_num_threads(experiment.run.threads)
     root = None if node.data_root is None else Path(node.data_root)
     data = build(experiment.data, root, base, experiment.seed)
-    task = make_task(experiment.task, data.spec, base)
+    task = experiment_task(experiment, data.spec, base)
     site = Site(base, ClientState(Path(node.states) / run.mark), find_device(node.device or experiment.run.device))
     app = make_client_app(experiment, task, data, site)
     reply = answer(app, message, node.name_among(data.client_ids()))

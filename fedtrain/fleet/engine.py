@@ -128,7 +128,7 @@ class FleetEngine:
             dst_node_id=node,
             reply_to_message_id="",
             group_id=like.group_id,
-            created_at=time.time(),
+            created_at=time.time(),  # noqa: TID251 - a date
             ttl=like.ttl,
             message_type=like.message_type,
             src_task_id=sender.src_task_id,

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedtrain.errors import FedtrainError, InputError, RunError
 from fedtrain.records import RoundRecord
-from fedtrain.server.rounds import Observer
+from fedtrain.server.observer import Observer
 
 __all__ = ["EventWriter", "follow"]
 

@@ -21,7 +21,7 @@ from fedtrain.fleet.processes import LocalFleet
 from fedtrain.fleet.settings import NodeSettings, RunSettings
 from fedtrain.rundir import RunFolder
 from fedtrain.server.manifest import refuse_other_run
-from fedtrain.server.rounds import Observer
+from fedtrain.server.observer import Observer
 from fedtrain.simulations.run import Places
 
 __all__ = ["Fleet", "run_on_flower"]

@@ -82,17 +82,17 @@ class Authority:
         key, certificate = folder / "key.pem", folder / "certificate.pem"
         if not key.exists() or not certificate.exists():
             raise InputError(
-                "there is no certificate authority here", got=str(folder), hint="Make one with: fedtrain ca init"
+                "there is no certificate authority here", got=folder, hint="Make one with: fedtrain ca init"
             )
         self.certificate = certificate.read_bytes()
         self._issuer = Issuer(load_certificate(self.certificate, certificate), load_key(read_private(key), key))
         root = self._issuer.root
         if not is_issued_by(root, root) or root.public_key() != self._issuer.key.public_key():
-            raise InputError("the authority's key does not belong to its certificate", got=str(folder))
+            raise InputError("the authority's key does not belong to its certificate", got=folder)
         if clock() > root.not_valid_after_utc:
             raise InputError(
                 f"the authority expired on {root.not_valid_after_utc:%Y-%m-%d}",
-                got=str(folder),
+                got=folder,
                 hint="Make a new one in another folder, and invite every site again",
             )
         read_register(self.register)
@@ -124,7 +124,7 @@ class Authority:
         except OSError as error:
             raise InputError(
                 f"cannot make a certificate authority ({error.strerror})",
-                got=str(folder),
+                got=folder,
                 expected="a folder that does not exist, or is empty",
                 hint="Replacing an authority means that every site has to enrol again",
             ) from error
@@ -304,7 +304,7 @@ class Authority:
         except OSError as error:
             raise RunError(
                 f"the authority's folder cannot be written ({error.strerror})",
-                got=str(self.folder),
+                got=self.folder,
                 hint="Nothing was issued or revoked: free some space or make it writable, and try again",
             ) from error
 

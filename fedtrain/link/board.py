@@ -57,7 +57,6 @@ class Board:
         self._count = 0
         self._open: dict[str, OpenTask] = {}
         self._closed: OrderedDict[str, tuple[str, Ack]] = OrderedDict()
-        self.late = 0
 
     def open(self, tasks: Sequence[tuple[str, Message]], limit: int, batch: Batch) -> list[OpenTask]:
         """Open one task per message; messages that share their arrays share one payload."""
@@ -93,7 +92,6 @@ class Board:
                 return task
             owner, ack = self._closed.get(task_id, ("", Ack(verdict="refused")))
             if owner == name:
-                self.late += ack.verdict == "late"
                 return ack
             asked = task.name if task else owner
         return Ack(verdict="refused", reason=f"this was asked of {asked}" if asked else "nobody asked for this")
@@ -131,9 +129,7 @@ class Board:
         """Close a task, with its reply if there is one, or tell how it was closed before."""
         with self._lock:
             if not task.open:
-                closed = self._closed.get(task.id, ("", ack))[1]
-                self.late += closed.verdict == "late" and reply is not None
-                return closed
+                return self._closed.get(task.id, ("", ack))[1]
             if reply:
                 task.replies.put(reply)  # before it counts as closed: a batch ends when it has neither
             task.open = False

@@ -39,7 +39,7 @@ __all__ = [
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of a client; never a path such as ".."
 Key = ec.EllipticCurvePrivateKey
 
-_BACKDATED = timedelta(minutes=10)  # sites' clocks differ
+_BACKDATED = timedelta(hours=1)  # the clocks of sites differ
 _AUTHORITY_LIFE = timedelta(days=3650)
 _PEM = serialization.Encoding.PEM
 _USAGES = (

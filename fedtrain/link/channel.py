@@ -43,6 +43,7 @@ from fedtrain.link.transport import HEARTBEAT, SERVICE, SILENCE, channel_options
 __all__ = ["Link", "Partial", "Task", "connect"]
 
 _PATIENCE = 4  # heartbeats that the server may take for its first word
+_MOST_WAITING = 100  # tasks that a client is told of before it has looked at the first
 _TASK_GONE = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ABORTED, grpc.StatusCode.INVALID_ARGUMENT)
 
 _M = TypeVar("_M", bound=ServerMessage)
@@ -267,6 +268,8 @@ class Link:
             for data in call:
                 self._heard = time.monotonic()
                 message = read_server(data)
+                if self._inbox.qsize() >= _MOST_WAITING:
+                    raise LinkError("the server asks for more than it waits for", got=f"{_MOST_WAITING} tasks at once")
                 if isinstance(message, TaskNotice):
                     self._open[message.id] = Task(message, self)
                 if isinstance(message, Cancel):

@@ -292,12 +292,12 @@ def _held(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise InputError("another process is changing this identity", got=str(folder)) from error
+                raise InputError("another process is changing this identity", got=folder) from error
             yield
     except OSError as error:
         raise RunError(
             f"the identity's folder cannot be written ({error.strerror})",
-            got=str(folder),
+            got=folder,
             hint="Free some space or make it writable, and run the same command again: nothing is lost",
         ) from error
 
@@ -311,6 +311,6 @@ def _refuse_valid(folder: Path) -> None:
     if datetime.now(UTC) <= old.not_valid_after_utc:
         raise InputError(
             f"there is a valid identity of {common_name(old)} already",
-            got=str(folder),
+            got=folder,
             hint="Name another folder, or move this one away if it is to be replaced",
         )

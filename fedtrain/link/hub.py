@@ -201,10 +201,6 @@ class Hub:
         """All clients that were ever here."""
         return self._roster.members({task.name: task.message.metadata.group_id for task in self._board.all()})
 
-    def late(self) -> int:
-        """How many answers came after they were wanted."""
-        return self._board.late
-
     # Sessions
 
     def _session(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:

@@ -104,12 +104,12 @@ class Identity:
         ours = load_certificate(certificate, folder / _CERTIFICATE)
         root = load_certificate(authority, folder / _AUTHORITY)
         if load_key(key, folder / _KEY).public_key() != ours.public_key():
-            raise InputError("the private key does not belong to the certificate", got=str(folder), hint=_ANEW)
+            raise InputError("the private key does not belong to the certificate", got=folder, hint=_ANEW)
         if not is_issued_by(ours, root):
-            raise InputError("the certificate is not of the authority beside it", got=str(folder), hint=_ANEW)
+            raise InputError("the certificate is not of the authority beside it", got=folder, hint=_ANEW)
         name = common_name(ours)
         if name is None:
-            raise InputError("the certificate does not name its owner", got=str(folder), hint=_ANEW)
+            raise InputError("the certificate does not name its owner", got=folder, hint=_ANEW)
         for kind, one in (("certificate", ours), ("authority's certificate", root)):
             _check_dates(f"the {kind} in {folder}", one, now or datetime.now(UTC))
         dates = ours.not_valid_before_utc, ours.not_valid_after_utc
@@ -306,7 +306,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise InputError(
             f"there is no identity here: {path.name} cannot be read ({error.strerror})",
-            got=str(path.parent),
+            got=path.parent,
             hint="Enrol first: fedtrain client enroll TOKEN",
         ) from error
 

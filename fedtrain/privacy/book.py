@@ -170,7 +170,7 @@ class Book:
             raise unusable(path, error) from error
         self._replay(content, head)
         if self._opening is None:
-            raise LedgerError("there is no privacy ledger", got=str(path))
+            raise LedgerError("there is no privacy ledger", got=path)
 
     @property
     def account(self) -> Account:

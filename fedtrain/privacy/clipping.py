@@ -19,6 +19,7 @@ __all__ = [
     "ExampleGradients",
     "Layer",
     "Subject",
+    "by_copy",
     "clipped_sum",
     "layers_of",
     "squared_norms",
@@ -75,8 +76,14 @@ class ExampleGradients(NamedTuple):
 class Engine(Protocol):
     """A way to compute the gradients of single examples."""
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> ExampleGradients:
-        """Run the model forward and backward on one or more examples; leave no trace in it."""
+    def __call__(self, inputs: Tensor, targets: Tensor, copies: int = 1) -> ExampleGradients:
+        """Run the model forward and backward on one or more examples; leave no trace in it.
+
+        Args:
+            inputs: `(copies * B, ...)`: all examples, then the next copy of each, and so on.
+            targets: `(copies * B, ...)`.
+            copies: of each example; its gradient is the mean over them.
+        """
 
 
 @dataclass(frozen=True)
@@ -109,20 +116,42 @@ class Clip:
         return (bound / norms.clamp(min=bound)).expand_as(squares), (norms <= LARGEST_NORM).all(0)
 
 
-def clipped_sum(engine: Engine, inputs: Tensor, targets: Tensor, clip: Clip) -> list[Tensor] | None:
+def clipped_sum(engine: Engine, inputs: Tensor, targets: Tensor, clip: Clip, copies: int = 1) -> list[Tensor] | None:
     """Add up the clipped gradients of examples; those that are not finite count as zero.
+
+    Args:
+        engine: for the model.
+        inputs: `(copies * B, ...)`, as the engine takes them.
+        targets: `(copies * B, ...)`.
+        clip: the bound.
+        copies: of each example; the bound is on the mean of their gradients (De et al. 2022).
 
     Returns:
         One tensor per trained parameter; None if no example has a finite gradient.
+
+    References:
+        De, Berrada, Hayes, Smith, Balle, "Unlocking High-Accuracy Differentially Private Image Classification through
+        Scale", 2022, section 3.2 (augmentation multiplicity).
     """
-    gradients = engine(inputs, targets)
+    gradients = engine(inputs, targets, copies)
     factors, finite = clip.factors(gradients.squares)
     if finite.all():
         return gradients.weighted(factors)
     if not finite.any():
         return None
     # Zero times infinity is no number: the examples must be left out, not weighted by 0.
-    return clipped_sum(engine, inputs[finite], targets[finite], clip)
+    kept = finite.repeat(copies)
+    return clipped_sum(engine, inputs[kept], targets[kept], clip, copies)
+
+
+def by_copy(used: Sequence[tuple[Tensor, Tensor]], copies: int) -> list[tuple[Tensor, Tensor]]:
+    """Take the copies of examples apart: to an example's gradient they are as many calls of a layer.
+
+    Args:
+        used: of each call of a layer, its input and its output's gradient, both `(copies * B, ...)`.
+        copies: of each example.
+    """
+    return [pair for x, g in used for pair in zip(x.chunk(copies), g.chunk(copies))]
 
 
 def weighted_sum(rows: Tensor, factors: Tensor) -> Tensor:

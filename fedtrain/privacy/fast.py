@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from fedtrain.privacy.clipping import LARGEST_NORM, ExampleGradients, Layer, Subject, squared_norms, weighted_sum
+from fedtrain.privacy.clipping import (
+    LARGEST_NORM,
+    ExampleGradients,
+    Layer,
+    Subject,
+    by_copy,
+    squared_norms,
+    weighted_sum,
+)
 from fedtrain.privacy.watching import output_gradients, watched
 
 __all__ = ["FastEngine", "covers"]
@@ -46,16 +54,16 @@ class FastEngine:
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> ExampleGradients:
-        layers, size = self._subject.layers, len(inputs)
-        with watched([(layer.name, layer.module) for layer in layers], size) as calls:
-            losses = self._subject.loss(self._subject.model(inputs), targets)
+    def __call__(self, inputs: Tensor, targets: Tensor, copies: int = 1) -> ExampleGradients:
+        layers = self._subject.layers
+        with watched([(layer.name, layer.module) for layer in layers], len(inputs)) as calls:
+            losses = self._subject.loss(self._subject.model(inputs), targets) / copies
         gradients = output_gradients(losses, calls)
         parts: list[tuple[Layer, _Part] | None] = []
         for layer, made, passed in zip(layers, calls, gradients):
-            used = [(call.input, g) for call, g in zip(made, passed) if g is not None]
+            used = by_copy([(call.input, g) for call, g in zip(made, passed) if g is not None], copies)
             parts.append((layer, _KINDS[type(layer.module)](layer, *map(list, zip(*used)))) if used else None)
-        nothing = torch.zeros(size, dtype=torch.float64, device=losses.device)
+        nothing = torch.zeros(len(inputs) // copies, dtype=torch.float64, device=losses.device)
         squares = torch.stack([part[1].squares if part else nothing for part in parts])
 
         def weighted(factors: Tensor) -> list[Tensor]:

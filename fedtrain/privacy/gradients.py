@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtrain.errors import MissingExtraError, TaskError
-from fedtrain.privacy.clipping import ExampleGradients, Subject, squared_norms, weighted_sum
+from fedtrain.privacy.clipping import ExampleGradients, Subject, by_copy, squared_norms, weighted_sum
 from fedtrain.privacy.watching import Call, output_gradients, watched
 
 __all__ = ["OpacusEngine"]
@@ -52,24 +52,24 @@ class OpacusEngine:
         self._places = {id(p): place for place, p in enumerate(subject.trained)}
         self._units = list(self._find_units())
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> ExampleGradients:
+    def __call__(self, inputs: Tensor, targets: Tensor, copies: int = 1) -> ExampleGradients:
         ghost = self._mode == "ghost"
         with watched([(unit.name, unit.module) for unit in self._units], len(inputs)) as calls:
-            losses = self._subject.loss(self._subject.model(inputs), targets)
+            losses = self._subject.loss(self._subject.model(inputs), targets) / copies
         gradients = output_gradients(losses, calls, keep_graph=ghost)
         samples: dict[int, Tensor] = {}
         squares: dict[int, Tensor] = {}
         for unit, made, passed in zip(self._units, calls, gradients):
             if unit.gives_norms:
                 self._refuse_calls(unit, made)
-            used = [(call.input, g) for call, g in zip(made, passed) if g is not None]
+            used = by_copy([(call.input, g) for call, g in zip(made, passed) if g is not None], copies)
             for place, found in self._found(unit, used):
                 if unit.gives_norms:
                     squares[place] = found.double().square()
                 else:
                     samples[place] = samples[place] + found if place in samples else found
         squares |= {place: squared_norms(sample) for place, sample in samples.items()}
-        nothing = torch.zeros(len(inputs), dtype=torch.float64, device=losses.device)
+        nothing = torch.zeros(len(inputs) // copies, dtype=torch.float64, device=losses.device)
         of_layers = [
             sum((squares.get(place, nothing) for place in layer.own.values()), nothing)
             for layer in self._subject.layers

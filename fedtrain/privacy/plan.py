@@ -14,7 +14,7 @@ from typing import Literal
 
 from fedtrain.errors import InputError, PrivacyError
 from fedtrain.experiment.privacy import ClientPrivacy, SamplePrivacy
-from fedtrain.experiment.sections import TrainingSection
+from fedtrain.experiment.training import TrainingSection
 from fedtrain.privacy.accounting import Accountant, Epsilon, Guarantee, Spend, epsilon, noise_multiplier_for
 
 __all__ = ["ClientPlan", "Group", "SamplePlan", "Signal", "client_plan", "sample_plan"]

@@ -105,7 +105,7 @@ def load_policy(path: Path) -> Policy:
     except OSError as error:
         raise InputError(
             f"the client's policy file cannot be read ({error.strerror})",
-            got=str(path),
+            got=path,
             hint="Write one with at least max_epsilon and delta: no policy, no training",
         ) from error
     except (ValueError, RecursionError) as error:

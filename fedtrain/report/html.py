@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import quote
+from typing import Any
 
 from fedtrain.disk import atomic_write
 from fedtrain.errors import MissingExtraError, RunError, shorten
 from fedtrain.records import PERSONAL, DataSummary, Heterogeneity, Manifest, RoundRecord
-from fedtrain.report.charts import can_draw, convergence, label_map, largest_share, per_client, spending
+from fedtrain.report import sections
+from fedtrain.report.charts import convergence, label_map, largest_share, per_client, spending
+from fedtrain.report.drawing import can_draw
+from fedtrain.report.drift import Quantiles
 from fedtrain.report.privacy import increments, promise_rows, sentences, warnings
-from fedtrain.report.text import show_bytes, show_epsilon, show_metric, show_seconds, summary_lines
+from fedtrain.report.quality import quality
+from fedtrain.report.tables import MOST_ROWS, data_uri, thinned
+from fedtrain.report.text import show_bytes, show_epsilon, show_metric, show_seconds, summary
 from fedtrain.report.view import SERIES, ClientScore, Facts, RunView, client_scores, measured
 
 __all__ = ["write_report"]
 
-_T = TypeVar("_T")
-
-_MOST_ROWS = 2000  # of a table: a page stays below 2 MB
 _WORST = 8  # clients that are named
 
 _MEANINGS = {
@@ -97,23 +96,30 @@ def _render(run: RunView) -> str:
 def _context(run: RunView) -> dict[str, Any]:
     facts = Facts.of(run)
     scores = client_scores(run, facts.metric)
-    records = _thinned(run.records)
+    records = thinned(run.records)
     return {
         "run": run,
         "facts": facts,
-        "sentences": summary_lines(run),
+        "summary": summary(run),
         "series": {part: words for part, words in SERIES.items() if any(measured(r, part) for r in run.records)},
         "convergence": convergence(run, facts),
-        "convergence_csv": _data_uri(_convergence_rows(run.records, facts)),
+        "convergence_csv": data_uri(_convergence_rows(run.records, facts)),
+        "quality": quality(run),
         "labels": _labels(run.data) if run.data and run.data.label_names else None,
         "heterogeneity": _heterogeneity(run.data.heterogeneity) if run.data and run.data.heterogeneity else [],
         "scores": scores,
         "scores_chart": per_client(scores, facts) if scores else "",
-        "scores_csv": _data_uri(_score_rows(scores, facts)),
+        "scores_csv": data_uri(_score_rows(scores, facts)),
         "not_drawn": sum(not can_draw(score.value) for score in scores),
         "worst": scores[:_WORST],
         "privacy": _privacy(run, facts) if run.privacy else None,
-        "turned_away": _turned_away(facts)[:_MOST_ROWS],
+        "communication": sections.communication(run, facts),
+        "timeline": sections.timeline(run, facts),
+        "participation": sections.participation(run),
+        "fairness": sections.fairness(run, facts),
+        "drift": sections.drift(run),
+        "labels_and_results": sections.labels_and_results(run, facts),
+        "turned_away": _turned_away(facts)[:MOST_ROWS],
         "records": records,
         "columns": _columns(run, facts),
         "left_out": len(run.records) - len(records),
@@ -133,7 +139,7 @@ def _privacy(run: RunView, facts: Facts) -> dict[str, Any]:
         "warnings": warnings(run, facts),
         "sentences": sentences(run, facts),
         "charts": spending(run, facts),
-        "csv": _data_uri([header, *_thinned(rows)]),
+        "csv": data_uri([header, *thinned(rows)]),
         "rows": promise_rows(run, facts),
     }
 
@@ -164,10 +170,12 @@ def _columns(run: RunView, facts: Facts) -> list[tuple[str, Callable[[RoundRecor
         (True, "Central loss", lambda r: show_metric("loss", r.central.get("loss"))),
         (not private, "Training loss", lambda r: show_metric("loss", r.train.get("loss"))),
         (True, "Update norm", lambda r: show_metric("norm", r.update_norm)),
+        (any(r.drift for r in run.records), "Median cosine", _cosine),
         (True, "Up", lambda r: show_bytes(r.bytes_up)),
         (True, "Down", lambda r: show_bytes(r.bytes_down)),
         (True, "Seconds", lambda r: f"{r.seconds_train + r.seconds_evaluate:.2f}"),
         (bool(facts.virtual_seconds), "Virtual seconds", lambda r: f"{r.virtual_seconds:,.2f}"),
+        (any(r.wasted_seconds for r in run.records), "wasted by clients", lambda r: f"{r.wasted_seconds:,.2f}"),
     ]
     return [(name, show) for shown, name, show in columns if shown]
 
@@ -177,7 +185,7 @@ def _labels(data: DataSummary) -> dict[str, Any]:
     rows = zip(data.shown_clients, data.shown_sizes, data.label_counts)
     return {
         "chart": label_map(data),
-        "csv": _data_uri([header, *([client, size, *counts] for client, size, counts in rows)]),
+        "csv": data_uri([header, *([client, size, *counts] for client, size, counts in rows)]),
         "largest_share": largest_share(data),
     }
 
@@ -213,38 +221,18 @@ def _convergence_rows(records: Sequence[RoundRecord], facts: Facts) -> list[list
         rows.append([record.round_number, moved, seconds, *clock, *values])
     clock_name = ["virtual_seconds"] if facts.virtual_seconds else []
     header = ["round", "bytes_moved", "seconds", *clock_name, *(f"{part}_{name}" for part, name in columns)]
-    return [list[object](header), *_thinned(rows)]
+    return [list[object](header), *thinned(rows)]
 
 
 def _score_rows(scores: Sequence[ClientScore], facts: Facts) -> list[list[object]]:
     header: list[object] = ["client", facts.metric, "loss", "num_examples"]
-    rows: list[list[object]] = [[s.client, s.value, s.loss, s.num_examples] for s in _thinned(scores)]
+    rows: list[list[object]] = [[s.client, s.value, s.loss, s.num_examples] for s in thinned(scores)]
     if facts.personal:
         header.append(f"{PERSONAL}{facts.metric}")
-        for row, score in zip(rows, _thinned(scores)):
+        for row, score in zip(rows, thinned(scores)):
             row.append("" if score.personal is None else score.personal)
     return [header, *rows]
 
 
-def _thinned(rows: Sequence[_T]) -> list[_T]:
-    """At most `_MOST_ROWS` rows, evenly spaced, the first and the last among them."""
-    if len(rows) <= _MOST_ROWS:
-        return list(rows)
-    step = (len(rows) - 1) / (_MOST_ROWS - 1)
-    return [rows[round(i * step)] for i in range(_MOST_ROWS)]
-
-
-def _data_uri(rows: Iterable[Iterable[object]]) -> str:
-    """Put a table into a link, as CSV."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([_cell(value) for value in row] for row in rows)
-    return "data:text/csv;charset=utf-8," + quote(text.getvalue(), safe=",-.", errors="replace")
-
-
-def _cell(value: object) -> object:
-    if isinstance(value, float):
-        return f"{value:.7g}"
-    # A spreadsheet would run a client's name that looks like a formula.
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return f"'{value}"
-    return value
+def _cosine(record: RoundRecord) -> str:
+    return f"{Quantiles.of([cosine for cosine, _ in record.drift.values()]).median:.2f}" if record.drift else "-"

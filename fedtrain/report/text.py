@@ -11,9 +11,23 @@ from fedtrain.errors import shorten
 from fedtrain.experiment.sections import Experiment
 from fedtrain.experiment.strategies import OwnStrategy
 from fedtrain.records import DataSummary
+from fedtrain.report.communication import Communication, codecs
+from fedtrain.report.drift import Correlation, client_links, correlation, drift_rounds, typical
+from fedtrain.report.fairness import evaluations
+from fedtrain.report.systems import Clock, Participation
 from fedtrain.report.view import Facts, RunView, guarantee
 
-__all__ = ["named", "show_bytes", "show_epsilon", "show_metric", "show_seconds", "summary_lines"]
+__all__ = [
+    "link_sentence",
+    "named",
+    "show_bytes",
+    "show_difference",
+    "show_epsilon",
+    "show_metric",
+    "show_seconds",
+    "summary",
+    "summary_lines",
+]
 
 
 def summary_lines(run: RunView) -> list[str]:
@@ -22,24 +36,40 @@ def summary_lines(run: RunView) -> list[str]:
     Returns:
         sentences free of control characters, whatever the clients and metrics are called.
     """
+    return [line for paragraph in summary(run) for line in paragraph]
+
+
+def summary(run: RunView) -> list[list[str]]:
+    """Sum a run up as `summary_lines` does, in paragraphs: what came of it, for whom, at what cost, what went wrong.
+
+    Returns:
+        the sentences of each paragraph, the first one of which is never empty.
+    """
     facts = Facts.of(run)
-    lines = [
-        _status(run, facts),
-        _what(run, facts),
-        _skew(run) if run.data else "",
-        _central(facts),
-        _clients(facts),
-        _personal(facts),
-        _privacy(run, facts),
-        _cost(facts),
-        _virtual(facts),
-        _late(facts),
-        _target(run, facts),
-        _quarantined(facts),
-        _gone("Set aside for the rest of the run", facts.set_aside),
-        _gone("Ended, for their budget or policy allows no more", facts.ended),
+    sent = Communication.of(run, facts)
+    paragraphs = [
+        [
+            _status(run, facts),
+            _what(run, facts),
+            _skew(run) if run.data else "",
+            _central(facts),
+            _ended(run, facts),
+            _result(run, facts),
+            _target(run, facts, sent),
+            _privacy(run, facts),
+        ],
+        [_clients(facts), _personal(facts), _forgetting(run, facts), _links(run, facts), _drift(run)],
+        [_cost(facts), codecs(run.experiment), _by_client(sent), _virtual(facts), _clock(run)],
+        [
+            _late(facts),
+            _participation(run),
+            _quarantined(facts),
+            _gone("Set aside for the rest of the run", facts.set_aside),
+            _gone("Ended, for their budget or policy allows no more", facts.ended),
+        ],
     ]
-    return [line for line in lines if line]
+    said = [[line for line in paragraph if line] for paragraph in paragraphs]
+    return [lines for lines in said if lines]
 
 
 def show_metric(metric: str, value: float | None) -> str:
@@ -49,6 +79,11 @@ def show_metric(metric: str, value: float | None) -> str:
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
     return f"{value:.1%}" if metric == "accuracy" else f"{value:.4g}"
+
+
+def show_difference(metric: str, value: float) -> str:
+    """Write the difference of two values of a metric: of accuracies in percentage points."""
+    return f"{100 * value:.1f} points" if metric == "accuracy" else show_metric(metric, value)
 
 
 def show_epsilon(value: float | None) -> str:
@@ -85,6 +120,22 @@ def named(clients: Sequence[tuple[int, str]]) -> str:
         clients: (round, client).
     """
     return _first([f"{shorten(client, 40)} in round {number}" for number, client in clients])
+
+
+def link_sentence(found: Correlation, figure: str) -> str:
+    """Say whether clients whose labels differ more have a higher or a lower figure.
+
+    Args:
+        found: how the two go together.
+        figure: what it is called.
+    """
+    figures = f"(rank correlation {found.rank:.2f} over {_count(found.clients, 'client')})"
+    if not found.clear:
+        return f"How far a client's labels are from everybody's says little about its {figure} {figures}."
+    return (
+        f"The more a client's labels differ from everybody's, the {'higher' if found.rank > 0 else 'lower'} "
+        f"its {figure} {figures}."
+    )
 
 
 def _status(run: RunView, facts: Facts) -> str:
@@ -146,6 +197,28 @@ def _central(facts: Facts) -> str:
     return f"{final}; best {show_metric(facts.metric, facts.best)} after round {facts.best_round}."
 
 
+def _ended(run: RunView, facts: Facts) -> str:
+    why = run.manifest.ended
+    return (
+        f"The run ended after round {facts.rounds_done} of {run.experiment.rounds}: {shorten(why, 200)}." if why else ""
+    )
+
+
+def _result(run: RunView, facts: Facts) -> str:
+    """Which model the result is, where that is not simply the last one."""
+    number, average = run.manifest.result_round, run.experiment.training.average
+    if number is None:
+        return ""
+    if average and number >= average.start_round:
+        kind = {"ema": "moving average", "swa": "mean"}[average.name]
+        return f"The result is the {kind} of the models of rounds {average.start_round} to {number}."
+    if number == facts.rounds_done:
+        return ""
+    values = [r.central[facts.metric] for r in run.records if r.round_number == number and facts.metric in r.central]
+    measured = f", with {shorten(facts.metric, 40)} {show_metric(facts.metric, values[0])}" if values else ""
+    return f"The result is not that model but that of round {number}{measured}."
+
+
 def _clients(facts: Facts) -> str:
     if facts.clients_mean is None:
         return ""
@@ -155,6 +228,29 @@ def _clients(facts: Facts) -> str:
     )
     worst = show_metric(facts.metric, facts.worst_tenth)
     return f"{text} of {_count(facts.clients_measured, 'client')}, {worst} for the {facts.worst}."
+
+
+def _forgetting(run: RunView, facts: Facts) -> str:
+    last = next(reversed(evaluations(run, facts)), None)
+    if last is None or not 0.0005 <= last.forgetting < math.inf:
+        return ""
+    lost = show_difference(facts.metric, last.forgetting)
+    return f"At the last evaluation a client was {lost} worse than at its own best before, on average."
+
+
+def _links(run: RunView, facts: Facts) -> str:
+    found = correlation(client_links(run, facts), lambda link: link.value)
+    return link_sentence(found, shorten(facts.metric, 40)) if found and found.clear else ""
+
+
+def _drift(run: RunView) -> str:
+    medians = typical(drift_rounds(run.records))
+    if medians is None:
+        return ""
+    return (
+        f"Drift: the cosine of a client's update and the mean of its round is {medians[0]:.2f}, "
+        f"and its norm {medians[1]:.2f} times that of the mean (medians)."
+    )
 
 
 def _personal(facts: Facts) -> str:
@@ -203,6 +299,33 @@ def _virtual(facts: Facts) -> str:
     return f"The run took {show_seconds(facts.virtual_seconds)} on the virtual clock{stale}."
 
 
+def _by_client(sent: Communication | None) -> str:
+    if sent is None or sent.client_mean is None or sent.client_most is None:
+        return ""
+    mean, most = sent.client_mean, sent.client_most[1]
+    return f"A client moved {show_bytes(mean.both)} on average, and {show_bytes(most.both)} at most."
+
+
+def _clock(run: RunView) -> str:
+    clock = Clock.of(run)
+    if clock is None:
+        return ""
+    wasted = f"; {clock.wasted_share:.1%} of the clients' work was wasted" if clock.wasted_seconds else ""
+    return f"Half of the rounds took up to {show_seconds(clock.median)}, 95% up to {show_seconds(clock.p95)}{wasted}."
+
+
+def _participation(run: RunView) -> str:
+    taken = Participation.of(run)
+    if taken is None or (not taken.never and taken.gini < 0.2):
+        return ""
+    were = "was" if taken.never == 1 else "were"
+    never = f"; {taken.never:,} of {_count(taken.clients, 'client')} {were} never used" if taken.never else ""
+    return (
+        f"A client's update was used in {taken.least:,} to {taken.most:,} rounds (Gini coefficient {taken.gini:.2f})"
+        f"{never}."
+    )
+
+
 def _late(facts: Facts) -> str:
     if not facts.late:
         return ""
@@ -210,14 +333,19 @@ def _late(facts: Facts) -> str:
     return f"Late and not waited for: {facts.late:,} of {_count(facts.asked, 'update')} asked for ({share:.1%})."
 
 
-def _target(run: RunView, facts: Facts) -> str:
+def _target(run: RunView, facts: Facts, sent: Communication | None) -> str:
     goal = run.experiment.evaluation
     if goal.target_metric is None:
         return ""
     name = f"Target {shorten(goal.target_metric, 40)} {show_metric(goal.target_metric, goal.target_value)}"
-    return (
-        f"{name}: reached in round {facts.target_round}." if facts.target_round is not None else f"{name}: not reached."
+    if facts.target_round is None:
+        return f"{name}: not reached."
+    cost = (
+        f", after {show_bytes(sent.target.up)} up and {show_bytes(sent.target.down)} down"
+        if sent and sent.target
+        else ""
     )
+    return f"{name}: reached in round {facts.target_round}{cost}."
 
 
 def _quarantined(facts: Facts) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fedtrain.experiment.evaluation import higher_is_better
 from fedtrain.experiment.sections import Experiment
 from fedtrain.privacy.accounting import Guarantee
 from fedtrain.records import PERSONAL, DataSummary, Manifest, PrivacySummary, RoundRecord
@@ -18,8 +19,10 @@ __all__ = [
     "Spread",
     "client_scores",
     "guarantee",
-    "higher_is_better",
     "measured",
+    "scores_of",
+    "worst_of",
+    "worst_tenth",
 ]
 
 SERIES = {
@@ -65,7 +68,7 @@ class Spread:
     @property
     def worst(self) -> str:
         """What `worst_tenth` is the mean over, in words."""
-        return _worst(self.clients)
+        return worst_of(self.clients)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Facts:
             best=best,
             best_round=best_round,
             clients_mean=clients[-1] if clients else None,
-            worst_tenth=_worst_tenth(scores) if scores else None,
+            worst_tenth=worst_tenth(scores) if scores else None,
             clients_measured=len(scores),
             personal=_spread(_worst_first(personal, metric)),
             not_personal=_spread(with_own),
@@ -144,12 +147,7 @@ class Facts:
     @property
     def worst(self) -> str:
         """What `worst_tenth` is the mean over, in words."""
-        return _worst(self.clients_measured)
-
-
-def higher_is_better(metric: str) -> bool:
-    """Tell whether a metric grows as the model gets better; all others shrink."""
-    return metric in ("accuracy", "r2")
+        return worst_of(self.clients_measured)
 
 
 def measured(record: RoundRecord, part: str) -> Mapping[str, float]:
@@ -176,7 +174,12 @@ def client_scores(run: RunView, metric: str) -> list[ClientScore]:
 
     A client without a finite value counts as worst.
     """
-    last = next((r.per_client for r in reversed(run.records) if r.per_client), {})
+    last = next((r for r in reversed(run.records) if r.per_client), None)
+    return [] if last is None else scores_of(last, metric)
+
+
+def scores_of(record: RoundRecord, metric: str) -> list[ClientScore]:
+    """List the clients of one round's evaluation on their own examples, as `client_scores` does."""
     scores = [
         ClientScore(
             client,
@@ -185,9 +188,24 @@ def client_scores(run: RunView, metric: str) -> list[ClientScore]:
             values.get("num_examples", 0.0),
             values.get(f"{PERSONAL}{metric}"),
         )
-        for client, values in last.items()
+        for client, values in record.per_client.items()
     ]
     return _worst_first(scores, metric)
+
+
+def worst_tenth(scores: Sequence[ClientScore]) -> float:
+    """Take the mean over the worst tenth of the clients, each counted once.
+
+    Args:
+        scores: of at least one client, the worst first.
+    """
+    first = [score.value for score in scores[: math.ceil(len(scores) / 10)]]
+    return sum(first) / len(first)
+
+
+def worst_of(clients: int) -> str:
+    """Say what the worst tenth of so many clients is."""
+    return "worst client" if clients <= 10 else "worst tenth"
 
 
 def guarantee(privacy: PrivacySummary, epsilon: float, rounds: int) -> Guarantee:
@@ -214,23 +232,13 @@ def _worst_first(scores: Iterable[ClientScore], metric: str) -> list[ClientScore
     return sorted(scores, key=lambda s: (sign * s.value if math.isfinite(s.value) else -math.inf, s.client))
 
 
-def _worst_tenth(scores: Sequence[ClientScore]) -> float:
-    """Mean over the first tenth of scores that come worst first."""
-    worst = [score.value for score in scores[: math.ceil(len(scores) / 10)]]
-    return sum(worst) / len(worst)
-
-
 def _spread(scores: Sequence[ClientScore]) -> Spread | None:
     """Sum up scores that come worst first."""
     examples = sum(score.num_examples for score in scores)
     if not examples:
         return None
     mean = sum(score.value * score.num_examples for score in scores) / examples
-    return Spread(len(scores), mean, _worst_tenth(scores))
-
-
-def _worst(clients: int) -> str:
-    return "worst client" if clients <= 10 else "worst tenth"
+    return Spread(len(scores), mean, worst_tenth(scores))
 
 
 def _main_metric(run: RunView) -> str:

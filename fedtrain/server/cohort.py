@@ -12,9 +12,10 @@ from fedtrain.experiment.privacy import ClientPrivacy
 from fedtrain.experiment.sections import Experiment
 from fedtrain.params import Params
 from fedtrain.privacy.rng import NoiseSource
+from fedtrain.server.devices import Devices, Pace
 from fedtrain.server.gate import Gate
 from fedtrain.server.live import Live, LiveBuffer
-from fedtrain.server.schedule import Buffered, InStep, Schedule, Turn
+from fedtrain.server.schedule import Schedule, Turn, virtual_schedule
 from fedtrain.server.selection import Crowd, fixed_sample
 from fedtrain.strategies.adapter import RoundStrategy
 from fedtrain.strategies.base import Asynchrony
@@ -31,6 +32,8 @@ class Cohort:
         sizes: `(clients,)` training examples; 0 for those that are not to be asked.
         asynchrony: of the strategy; None for rounds.
         live: clients take their own time, and not that of `clients.duration`.
+        pace: what a participation consists of, where `clients.duration` counts steps and bytes.
+        held_out: positions of clients that never train, and are measured on.
     """
 
     def __init__(
@@ -40,15 +43,18 @@ class Cohort:
         asynchrony: Asynchrony | None,
         *,
         live: bool = False,
+        pace: Pace | None = None,
+        held_out: Sequence[int] = (),
     ) -> None:
-        self._experiment, self._asynchrony, self._live = experiment, asynchrony, live
+        self._experiment, self._asynchrony, self._live, self._pace = experiment, asynchrony, live, pace
         self._crowd = Crowd(experiment.clients, experiment.seed, sizes)
         privacy = experiment.privacy
         if isinstance(privacy, ClientPrivacy) and privacy.noise_seed is None:
             self._crowd.coins = NoiseSource()  # its epsilon counts on nobody knowing who took part
         # A measurement on a client's own examples would leave it without noise.
-        most = experiment.evaluation.max_clients if experiment.data.test and not privacy else 0
-        present = np.flatnonzero(sizes > 0)
+        most = experiment.evaluation.max_clients if experiment.data.tests_clients and not privacy else 0
+        trains = experiment.data.test > 0 or experiment.data.fold is not None
+        present = np.union1d(np.flatnonzero(sizes > 0) if trains else [], held_out).astype(np.int64)
         self._evaluators: Sequence[int] = present[fixed_sample(most, experiment.seed, len(present))].tolist()
         self._pending: dict[tuple[int, int], Update] = {}
         self.receipts: dict[str, str] = {}  # client -> the last that it sent of its privacy ledger
@@ -80,16 +86,21 @@ class Cohort:
         self._schedule = self._plan(memory.get("schedule", {}))
 
     def _plan(self, memory: Mapping[str, Any]) -> Schedule:
-        if self._asynchrony:
-            kind = LiveBuffer if self._live else Buffered
-            return kind(self._crowd, self._asynchrony, memory)
-        return Live(self._crowd, memory) if self._live else InStep(self._crowd)
+        if self._live:
+            if self._asynchrony:
+                return LiveBuffer(self._crowd, self._asynchrony, memory)
+            return Live(self._crowd, memory)
+        section, devices = self._experiment.clients.duration, None
+        if section is not None:
+            devices = Devices(section, self._experiment.seed, self._pace)
+        return virtual_schedule(self._crowd, devices, self._asynchrony, memory)
 
     def memory(self) -> dict[str, Any]:
         """What a resumed run needs to go on alike."""
         return {
             "gate": self.gate.memory(),
             "schedule": self._schedule.memory(),
+            **({"step_seconds": self._pace.step_seconds} if self._pace and self._pace.step_seconds else {}),
             "absent": sorted(self._crowd.absent),
             "ended": self._ended,
             "receipts": dict(self.receipts),

@@ -13,6 +13,7 @@ import torch
 from fedtrain.errors import RunError, shorten
 from fedtrain.experiment.gate import GateSection
 from fedtrain.params import Params, l2_norm
+from fedtrain.training.metrics.pooled import NONE, PooledMetrics
 from fedtrain.wire import Measurement, Update
 
 __all__ = ["Gate", "measurement_objection"]
@@ -164,10 +165,15 @@ class _Accepted:
         return self._factor * middle or math.inf
 
 
-def measurement_objection(measurement: Measurement, client_id: str) -> str | None:
+def measurement_objection(measurement: Measurement, client_id: str, pooled: PooledMetrics = NONE) -> str | None:
     """Say why a client's measurement must not be used, in one line; None if it may.
 
     A diverged model gives infinite losses everywhere, which is worth knowing; a NaN tells nothing and spoils the mean.
+
+    Args:
+        measurement: as the client sent it.
+        client_id: the client that was asked.
+        pooled: the metrics whose sums it must bring.
     """
     number, metrics = measurement.num_examples, measurement.metrics
     if measurement.client_id != client_id:
@@ -179,7 +185,9 @@ def measurement_objection(measurement: Measurement, client_id: str) -> str | Non
     if odd := [name for name in metrics if len(name) > _MOST_NAME or not name.isprintable()]:
         return f"metric {shorten(odd[0])}: expected a printable name of at most {_MOST_NAME} characters"
     odd = [name for name, value in metrics.items() if math.isnan(value)]
-    return f"{shorten(', '.join(odd))} is not a number" if odd else None
+    if odd:
+        return f"{shorten(', '.join(odd))} is not a number"
+    return pooled.objection(measurement.sums, number)
 
 
 def _schema(params: Params) -> _Schema:

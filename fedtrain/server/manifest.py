@@ -15,11 +15,12 @@ import torch
 import fedtrain
 from fedtrain.disk import sha256_of
 from fedtrain.errors import RunFolderError
+from fedtrain.experiment.code import code_of
 from fedtrain.experiment.load import identity
 from fedtrain.experiment.sections import Experiment
-from fedtrain.experiment.strategies import OwnStrategy
 from fedtrain.records import Manifest
 from fedtrain.rundir import RunFolder
+from fedtrain.server.traces import files_of
 
 __all__ = ["Circumstances", "new_manifest", "refuse_other_run", "resumed_manifest"]
 
@@ -101,15 +102,16 @@ def refuse_other_run(folder: RunFolder, experiment: Experiment, base: Path) -> N
         what = "this folder holds other files"
     else:
         return
-    raise RunFolderError(what, got=str(folder.path), hint="Choose another folder with --out; nothing was changed")
+    raise RunFolderError(what, got=folder.path, hint="Choose another folder with --out; nothing was changed")
 
 
 def _own_files(experiment: Experiment, base: Path) -> dict[str, str]:
     """SHA-256 of the user's code and data files that the experiment names; where a folder of images lies."""
-    strategy = experiment.strategy.path if isinstance(experiment.strategy, OwnStrategy) else None
-    code = (experiment.task.name, experiment.data.name, strategy)
-    named = [name.rpartition(":")[0] for name in code if name and ".py:" in name]
-    named += [path for path in (experiment.data.path, experiment.clients.tags) if path]
+    named = [name.rpartition(":")[0] for name in code_of(experiment) if ".py:" in name]
+    named += [
+        path for path in (experiment.data.path, experiment.clients.tags, *files_of(experiment.clients.duration)) if path
+    ]
+    named += experiment.model.files
     paths = {name: base / Path(name).expanduser() for name in named}
     return {name: sha256_of(path) if path.is_file() else str(path.resolve()) for name, path in paths.items()}
 

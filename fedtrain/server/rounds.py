@@ -9,8 +9,9 @@ import contextlib
 import datetime
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -21,41 +22,30 @@ from fedtrain.errors import (
     ClientEndedError,
     ClientsJoinedError,
     FedtrainError,
+    InputError,
     InterruptedRunError,
     PrivacyError,
     RunError,
     shorten,
 )
 from fedtrain.experiment.sections import Experiment
-from fedtrain.params import Params, difference, l2_norm
-from fedtrain.records import RoundRecord
+from fedtrain.params import Params, l2_norm
+from fedtrain.records import Histogram, RoundRecord
 from fedtrain.rundir import Checkpoint, RunFolder
 from fedtrain.server.cohort import Cohort
-from fedtrain.server.gate import measurement_objection
+from fedtrain.server.drift import Drift, Sketcher
+from fedtrain.server.mail import Mail
+from fedtrain.server.measuring import Measuring
+from fedtrain.server.observer import Observer
+from fedtrain.server.prices import ByteBudget, due
 from fedtrain.server.privacy import Spending
+from fedtrain.server.result import Result
 from fedtrain.server.schedule import Turn
 from fedtrain.server.tally import Tally
 from fedtrain.strategies.adapter import RoundStrategy
-from fedtrain.training.evaluation import weighted_mean
-from fedtrain.training.optimizer import lr_factor
+from fedtrain.training.schedule import lr_factor
 
-__all__ = ["Observer", "Server"]
-
-
-class Observer(Protocol):
-    """Who watches a run: the terminal, a pipe, a test."""
-
-    def round_started(self, round_number: int, clients: int) -> None:
-        """So many clients were asked to train."""
-
-    def client_finished(self, round_number: int) -> None:
-        """One more of them has answered."""
-
-    def round_finished(self, record: RoundRecord) -> None:
-        """The record was written."""
-
-    def notice(self, text: str) -> None:
-        """Something that a person should know, in one line."""
+__all__ = ["Server"]
 
 
 @dataclass(frozen=True)
@@ -68,11 +58,15 @@ class Server:
         cohort: knows the clients, by their position among the grid's nodes.
         grid: reaches the clients.
         folder: records and checkpoints go there.
-        client_name: node id -> client.
         evaluate: global parameters -> loss and metrics on the central test set; empty if there is none.
         observer: is told what happens.
+        mail: writes and reads messages.
         spending: is charged before a round; None without privacy.
+        byte_budget: of the run; None for no limit.
+        sketcher: for the drift of clients; None where it is not looked at.
         joined: whether there are clients that the cohort does not know.
+        confusion: the confusion matrix of the model that `evaluate` measured last; empty where it is not asked for.
+        look: (parameters after a round, before it) -> histograms, every run.histograms_every rounds.
     """
 
     experiment: Experiment
@@ -80,14 +74,23 @@ class Server:
     cohort: Cohort
     grid: Grid
     folder: RunFolder
-    client_name: Callable[[int], str]
     evaluate: Callable[[Params], dict[str, float]]
     observer: Observer
+    mail: Mail
     spending: Spending | None = None
+    byte_budget: ByteBudget | None = None
+    sketcher: Sketcher | None = None
     joined: Callable[[], bool] = lambda: False
+    confusion: Callable[[], list[list[int]]] = list
+    look: Callable[[Params, Params], Mapping[str, Histogram]] | None = None
+
+    @cached_property
+    def result(self) -> Result:
+        """Which model is the run's result, and why the run ended."""
+        return Result(self.experiment)
 
     def run(self, start: Checkpoint) -> Params:
-        """Run the rounds after `start` and return the final global parameters.
+        """Run the rounds after `start` and return the result: the last model, the best one, or an average.
 
         Raises:
             InterruptedRunError: at Ctrl-C or SIGTERM, after a checkpoint of the last finished round.
@@ -99,12 +102,17 @@ class Server:
         self.cohort.begin(self.strategy, start.params, start.server)
         if self.spending:
             self.spending.expect(start.server.get("spending", {}))
+        before = self.folder.read_rounds() if start.round_number else []  # the untrained model is measured again
+        self.result.begin(start, (record for record in before if record.round_number <= start.round_number))
         done = start
         saved_at = time.monotonic()
         try:
             if start.round_number == 0:
                 self._record_untrained(start.params)
             for round_number in range(start.round_number + 1, self.experiment.rounds + 1):
+                if why := self.result.out_of_patience():
+                    self._end_after(round_number - 1, why)
+                    break
                 if self.folder.stop_wanted():
                     raise KeyboardInterrupt
                 if self.joined():
@@ -128,17 +136,23 @@ class Server:
             with contextlib.suppress(RunError):  # the first error is the one to tell
                 self.folder.write_checkpoint(done)
             raise
-        return done.params
+        return self.result.params
 
     def _record_untrained(self, params: Params) -> None:
         started = time.perf_counter()
-        central = self.evaluate(params) if self.experiment.evaluation.central_every else {}
+        central = self.evaluate(self.result.take(0, params)) if self.experiment.evaluation.central_every else {}
+        self.result.watch({"central": central})
         epsilon = 0.0 if self.spending else None
         seconds = time.perf_counter() - started
         self._finish(RoundRecord(round_number=0, central=central, epsilon=epsilon, seconds_evaluate=seconds))
 
     def _ends_before(self, round_number: int, turn: Turn) -> bool:
-        """Whether the privacy budget ends the run here; else the round is on the account."""
+        """Whether a budget, of bytes or of privacy, ends the run here; else the round is on the account."""
+        if why := self._too_many_bytes(round_number, turn):
+            if round_number == 1:
+                raise InputError(f"the first round is more than the byte budget allows: {why}", hint="Set it higher")
+            self._end_after(round_number - 1, why)
+            return True
         if self.spending is None:
             return False
         try:
@@ -149,9 +163,22 @@ class Server:
         except BudgetError as error:
             if round_number == 1:
                 raise
-            self.observer.notice(f"the run ends after round {round_number - 1}: {error}")
+            self._end_after(round_number - 1, str(error))
             return True
         return False
+
+    def _end_after(self, round_number: int, why: str) -> None:
+        self.result.ended = why
+        self.observer.notice(f"the run ends after round {round_number}: {why}")
+
+    def _too_many_bytes(self, round_number: int, turn: Turn) -> str | None:
+        if self.byte_budget is None:
+            return None
+        evaluators, names = self.cohort.evaluators(), self.mail.client_name
+        if self.result.may_end:  # then clients measure its result
+            round_number = self.experiment.rounds
+        price = self.mail.prices.round(round_number, turn, evaluators, lambda client: names(*self._nodes([client])))
+        return self.byte_budget.objection(sum(price))
 
     def _refuse_if_nobody_took_part(self) -> None:
         if not any(record.participants for record in self.folder.read_rounds()):
@@ -165,9 +192,12 @@ class Server:
         nodes = self._nodes(turn.ask)
         asked = list(self.strategy.configure(round_number, params, list(nodes)))
         late = self._nodes(turn.late)
-        seen = Tally(round_number, {node: self.client_name(node) for node in asked}, list(map(self.client_name, late)))
+        name = self.mail.client_name
+        seen = Tally(round_number, {node: name(node) for node in asked}, list(map(name, late)))
+        if self.sketcher:
+            seen.drift = Drift(self.sketcher)
         work = {node: turn.work[client] for node, client in nodes.items() if client in turn.work}
-        messages = self._instructions(MessageType.TRAIN, params, seen, [*asked, *late], work)[: len(asked)]
+        messages = self._instructions(params, seen, [*asked, *late], work)[: len(asked)]
         declined = len(nodes) - len(asked)
         self.observer.round_started(round_number, turn.enough or len(messages))
         valid: Iterable[tuple[int, wire.Update]]
@@ -191,60 +221,40 @@ class Server:
         self._set_aside(nodes, seen)
         self._check_quorum(turn.wanted - declined - len(seen.ended), seen)
         trained = time.perf_counter()
-        section = self.experiment.evaluation
-        central = self.evaluate(new) if self._due(round_number, section.central_every) else {}
-        per_client: dict[str, dict[str, float]] = {}
-        if self._due(round_number, section.clients_every):
-            per_client = self._evaluate_on_clients(new, seen)
-        self._finish(
-            RoundRecord(
-                round_number=round_number,
-                participants=seen.participants,
-                quarantined=seen.quarantined,
-                set_aside=seen.set_aside,
-                ended=seen.ended,
-                late=seen.late,
-                num_examples=0 if self.experiment.privacy else sum(examples for _, examples in seen.losses),
-                train=weighted_mean(seen.losses),
-                central=central,
-                clients=_mean_over_clients(per_client),
-                per_client=per_client,
-                bytes_up=seen.bytes_up,
-                bytes_down=seen.bytes_down,
-                update_norm=l2_norm(difference(new, params)),
-                lr_factor=lr_factor(self.experiment.training.schedule, round_number, self.experiment.rounds),
-                epsilon=self.spending.epsilon() if self.spending else None,
-                staleness=sum(seen.staleness) / max(1, len(seen.staleness)),
-                virtual_seconds=turn.seconds,
-                seconds_train=trained - started,
-                seconds_evaluate=time.perf_counter() - trained,
-            )
+        measured = self._measured(self.result.take(round_number, new), seen)
+        factor = lr_factor(self.experiment.training.schedule, round_number, self.experiment.rounds)
+        record = seen.record(self.experiment.privacy).model_copy(
+            update={
+                **measured,
+                "update_norm": l2_norm(new, params),
+                "lr_factor": factor * (self.result.lr_factor or 1.0),
+                "epsilon": self.spending.epsilon() if self.spending else None,
+                "virtual_seconds": turn.seconds,
+                "client_seconds": turn.client_seconds,
+                "wasted_seconds": turn.wasted_seconds,
+                "seconds_train": trained - started,
+                "seconds_evaluate": time.perf_counter() - trained,
+            }
         )
+        every = self.experiment.run.histograms_every
+        if self.look and every and round_number % every == 0:
+            self.folder.write_histograms(round_number, self.look(new, params))
+        self._finish(record)
         memory = self.cohort.memory() | ({"spending": self.spending.memory()} if self.spending else {})
-        return Checkpoint(round_number, new, self.strategy.state, memory)
+        return Checkpoint(round_number, new, self.strategy.state, memory, self.result.memory())
+
+    def _instructions(
+        self, params: Params, seen: Tally, nodes: Iterable[int], work: Mapping[int, float]
+    ) -> list[Message]:
+        """Ask clients to train, at the learning rate that the run's measurements have led to."""
+        mail = replace(self.mail, lr_factor=self.result.lr_factor)
+        return mail.instructions(MessageType.TRAIN, params, seen, nodes, work)
 
     def _nodes(self, clients: Sequence[int]) -> dict[int, int]:
         """Node id -> position, in the order of the positions."""
         known = self.grid.get_node_ids()
         node_ids = known if isinstance(known, Sequence) else list(known)
         return {node_ids[client]: client for client in clients}
-
-    def _instructions(
-        self, kind: str, params: Params, seen: Tally, nodes: Iterable[int], work: Mapping[int, float]
-    ) -> list[Message]:
-        """One message per client; all share one record of the parameters, and bytes are counted as sent."""
-        arrays = flower.array_record(params)
-        shared = flower.array_record(self.strategy.share()) if kind == MessageType.TRAIN else None
-        kept = self.folder.oldest_checkpoint_round()
-        messages = []
-        for node in nodes:
-            receipt = self.cohort.receipts.get(seen.names[node], "") if node in seen.names else ""
-            content = wire.instruction_content(
-                arrays, seen.number, shared, work=work.get(node, 1.0), kept_round=kept, receipt=receipt
-            )
-            seen.bytes_down += wire.size(content)
-            messages.append(Message(content, node, kind, group_id=str(seen.number)))
-        return messages
 
     def _counted(
         self, turn: Turn, seen: Tally, nodes: Mapping[int, int], replies: Iterable[Message]
@@ -267,8 +277,12 @@ class Server:
             new = self._nodes(self.cohort.start(seen.number))
             under_way = self.cohort.under_way()
             for node, client in self._nodes(list(under_way)).items():
-                nodes[node], seen.names[node], seen.started[node] = client, self.client_name(node), under_way[client]
-            messages = self._instructions(MessageType.TRAIN, params, seen, new, {})
+                nodes[node], seen.names[node], seen.started[node] = (
+                    client,
+                    self.mail.client_name(node),
+                    under_way[client],
+                )
+            messages = self._instructions(params, seen, new, {})
             reply = next(self._counted(turn, seen, nodes, self.grid.send_and_receive(messages)), None)
             if reply is None:
                 return
@@ -286,8 +300,7 @@ class Server:
                 seen.quarantined[client_id] = shorten(reply.error.reason, 300)
                 continue
             try:
-                update = wire.update(reply.content)
-                seen.bytes_up += wire.size(reply.content)
+                update = self.mail.update(reply, client_id, seen)
             except ClientEndedError:
                 seen.ended.append(client_id)
                 continue
@@ -307,6 +320,8 @@ class Server:
             seen.participants.append(update.client_id)
             seen.losses.append((dict(update.metrics), update.num_examples))
             seen.staleness.append(seen.number - update.round_number)
+            if seen.drift:
+                seen.drift.add(update.client_id, update.delta)
             yield update
 
     def _set_aside(self, nodes: Mapping[int, int], seen: Tally) -> None:
@@ -340,39 +355,34 @@ class Server:
             what = "no valid update came in time" if wanted else "no client was drawn"
             self.observer.notice(f"round {seen.number}: {what}; the model stays as it is")
 
-    def _evaluate_on_clients(self, params: Params, seen: Tally) -> dict[str, dict[str, float]]:
-        """Each client's own numbers on its held-out examples; clients without any are left out."""
-        names = {node: self.client_name(node) for node in self._nodes(self.cohort.evaluators())}
-        messages = self._instructions(MessageType.EVALUATE, params, seen, names, {})
-        per_client: dict[str, dict[str, float]] = {}
-        for reply in wire.in_order(self.grid.send_and_receive(messages) if messages else (), names):
-            client_id = names[reply.metadata.src_node_id]
-            try:
-                if reply.has_error():
-                    raise RunError(shorten(reply.error.reason, 300))
-                value = wire.measurement(reply.content)
-                seen.bytes_up += wire.size(reply.content)
-                if why := measurement_objection(value, client_id):
-                    raise RunError(why)
-            except FedtrainError as error:
-                self.observer.notice(f"round {seen.number}: evaluation of {shorten(client_id)} not used: {error}")
-                continue
-            if value.num_examples:
-                per_client[client_id] = {**value.metrics, "num_examples": value.num_examples}
-        return per_client
+    def _measured(self, model: Params, seen: Tally) -> dict[str, Any]:
+        """Measure a round's model; in the round that ends the run, what is not watched measures the run's result."""
+        section, rounds, result = self.experiment.evaluation, self.experiment.rounds, self.result
+        every = {"central": section.central_every, "clients": section.clients_every}
+        first, second = sorted(every, key=lambda part: part != result.watched)
+        found = self._measure(first, model, seen) if due(seen.number, every[first], rounds) else {}
+        result.watch(found)
+        last = seen.number == rounds or result.out_of_patience() is not None
+        if last and result.restores:
+            model = result.params
+            found["result_round"] = result.round_number
+        if last or due(seen.number, every[second], rounds):
+            found |= self._measure(second, model, seen)
+        return found
 
-    def _due(self, round_number: int, every: int) -> bool:
-        return round_number == self.experiment.rounds or (every > 0 and round_number % every == 0)
+    def _measure(self, part: str, model: Params, seen: Tally) -> dict[str, Any]:
+        if part == "central":
+            return {"central": self.evaluate(model), "central_confusion": self.confusion()}
+        names = {node: self.mail.client_name(node) for node in self._nodes(self.cohort.evaluators())}
+        measured = Measuring(self.grid, self.mail, self.observer.notice).clients(model, names, seen)
+        confusion = {"clients_confusion": measured.confusion}
+        return {"clients": measured.pooled, "per_client": measured.per_client, **confusion}
 
     def _finish(self, record: RoundRecord) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         record = record.model_copy(update={"finished_at": now})
         self.folder.append(record)
+        if self.byte_budget:
+            self.byte_budget.note(record)
+        self.result.note(record)
         self.observer.round_finished(record)
-
-
-def _mean_over_clients(per_client: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Means over the held-out examples, weighted by their number."""
-    weighed = ((dict(numbers), numbers["num_examples"]) for numbers in per_client.values())
-    means = weighted_mean((numbers, int(weight)) for numbers, weight in weighed)
-    return {name: value for name, value in means.items() if name != "num_examples"}

@@ -1,21 +1,25 @@
 """When clients train and whose update a round takes: in step with the slowest, by a deadline, or never waiting.
 
-Durations here lie on a virtual clock, so nobody really waits; what is decided depends on (seed, round, client) alone.
+Durations here lie on a virtual clock, so nobody really waits; what is decided depends on (seed, round, client) and on
+that clock alone.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
-from fedtrain.experiment.clients import ConstantDuration, DurationSection, LognormalDuration
-from fedtrain.seeds import generator
-from fedtrain.server.selection import Crowd
+import numpy as np
+
+from fedtrain.errors import RunError
+from fedtrain.server.devices import Devices, Participation
+from fedtrain.server.selection import Crowd, Mask
 from fedtrain.strategies.base import Asynchrony
 
-__all__ = ["Buffered", "InStep", "Schedule", "Turn", "duration"]
+__all__ = ["Buffered", "InStep", "Schedule", "Turn", "virtual_schedule"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,10 @@ class Turn:
         use: (client, round in which it started) of the updates that the round takes, in the order of the sum.
         wanted: updates that the round is meant to have.
         work: share of the local steps, for those that have not time for all.
-        late: who was asked, but is not waited for.
-        seconds: the round's length on the virtual clock; 0 without one.
+        late: who was asked, but is not waited for, or vanishes from its work.
+        seconds: the round's length on the virtual clock, waiting for clients to be there included; 0 without one.
+        client_seconds: that clients have worked in this round, on the virtual clock.
+        wasted_seconds: those of them that no update comes from.
         enough: updates that pass the gate, after which nobody else is waited for; None waits for all.
         flowing: clients start and answer at any time, also from round to round.
     """
@@ -39,6 +45,8 @@ class Turn:
     work: Mapping[int, float] = field(default_factory=dict)
     late: Sequence[int] = ()
     seconds: float = 0.0
+    client_seconds: float = 0.0
+    wasted_seconds: float = 0.0
     enough: int | None = None
     flowing: bool = False
 
@@ -69,98 +77,201 @@ class Schedule(Protocol):
         return
 
 
-def duration(section: DurationSection, seed: int, client: int, start: int) -> float:
-    """Seconds that a client takes for the whole of its local work.
+def virtual_schedule(
+    crowd: Crowd, devices: Devices | None, asynchrony: Asynchrony | None, memory: Mapping[str, Any]
+) -> Schedule:
+    """Build the schedule of a simulation, or of its forecast: they are the same.
 
     Args:
-        section: how they are drawn.
-        seed: the experiment's seed.
-        client: its position.
-        start: the round in which it starts.
+        crowd: who can be asked.
+        devices: how long clients take; None where time does not count.
+        asynchrony: of the strategy; None for rounds.
+        memory: of an earlier part of the run; nothing for a new one.
     """
-    if isinstance(section, ConstantDuration):
-        return section.seconds
-    if isinstance(section, LognormalDuration):
-        names = (client,) if section.drawn == "client" else (client, start)
-        return float(section.seconds * math.exp(generator(seed, "duration", *names).normal(0.0, section.sigma)))
-    rng = generator(seed, "duration", client, start)
-    part = 1.0 - rng.random() if rng.random() < section.fraction else 1.0  # in (0, 1]
-    return section.seconds / part
+    if asynchrony is None:
+        return InStep(crowd, devices, memory)
+    assert devices is not None, "the experiment was checked for it"
+    return Buffered(crowd, asynchrony, devices, memory)
 
 
 class InStep(Schedule):
     """A round ends with the last of its clients, with the first `per_round` of them, or at the deadline.
 
+    Who is still at work then stops. That a client has vanished is noticed at once.
+
     Args:
         crowd: who can be asked.
+        devices: how long clients take; None where time does not count.
+        memory: of an earlier part of the run; nothing for a new one.
     """
 
-    def __init__(self, crowd: Crowd) -> None:
-        self._crowd = crowd
+    def __init__(self, crowd: Crowd, devices: Devices | None, memory: Mapping[str, Any]) -> None:
+        self._crowd, self._devices = crowd, devices
+        self._now: float = memory.get("now", 0.0)
 
     def turn(self, round_number: int) -> Turn:
-        section, drawn = self._crowd.section, self._crowd.draw(round_number).tolist()
-        wanted = len(drawn) if section.sampling == "poisson" else self._crowd.wanted()
-        if section.duration is None:
+        """Plan the next round.
+
+        Raises:
+            RunError: no client will ever be there.
+        """
+        began, here = self._now, None
+        if self._devices:
+            self._now = _opening(self._devices, self._now, self._crowd)
+            here = self._devices.here(self._now)
+        drawn = self._crowd.draw(round_number, here).tolist()
+        wanted = self._crowd.wanted()
+        if self._crowd.section.sampling == "poisson" or (here is not None and len(drawn) < wanted):
+            wanted = len(drawn)
+        if self._devices is None:
             return Turn(drawn, [(client, round_number) for client in drawn], wanted)
-        seconds = {c: duration(section.duration, self._crowd.seed, c, round_number) for c in drawn}
-        deadline = math.inf if section.deadline is None else section.deadline
-        limit = math.inf if section.late == "partial" else deadline
-        first = sorted(drawn, key=lambda c: (seconds[c], c))[:wanted]
-        used = sorted(client for client in first if seconds[client] <= limit)
-        work = {c: deadline / seconds[c] for c in used if seconds[c] > deadline}
-        last = max((min(seconds[c], deadline) for c in used), default=0.0)
-        length = last if len(used) == len(first) else deadline  # the server cannot know that nobody else will come
-        late = sorted(set(drawn) - set(used))
-        return Turn(used, [(client, round_number) for client in used], wanted, work, late, length)
+        parts = {c: self._devices.participation(c, round_number, self._now) for c in drawn}
+        turn = self._planned(round_number, parts, wanted)
+        waited = self._now - began
+        self._now += turn.seconds
+        return replace(turn, seconds=waited + turn.seconds) if waited else turn
 
     def memory(self) -> dict[str, Any]:
-        return {}
+        return {"now": self._now}
+
+    def _planned(self, round_number: int, parts: Mapping[int, Participation], wanted: int) -> Turn:
+        section = self._crowd.section
+        deadline = math.inf if section.deadline is None else section.deadline
+        arrival, work = dict[int, float](), dict[int, float]()
+        for client, part in parts.items():
+            if part.finished and part.seconds <= deadline:
+                arrival[client] = part.seconds
+            elif section.late == "partial" and part.vanishes > deadline and (share := part.share_by(deadline)):
+                arrival[client], work[client] = deadline, share
+        used = sorted(sorted(arrival, key=lambda c: (parts[c].seconds, c))[:wanted])
+        if len(used) == wanted:
+            length = max((arrival[client] for client in used), default=0.0)
+        else:  # the server cannot know that nobody else will come before all are done, or gone
+            length = min(deadline, max((part.worked for part in parts.values()), default=0.0))
+        late = sorted(parts.keys() - set(used))
+        wasted = sum(min(parts[client].worked, length) for client in late)
+        return Turn(
+            used,
+            [(client, round_number) for client in used],
+            wanted,
+            {client: work[client] for client in used if client in work},
+            late,
+            length,
+            sum(arrival[client] for client in used) + wasted,
+            wasted,
+        )
+
+
+class _Flight(NamedTuple):
+    """A participation that is under way; they are ordered by their ends."""
+
+    end: float  # on the virtual clock: its update arrives, or the client vanishes
+    client: int
+    start: int  # the round in which it started
+    finished: int  # 1 if its update arrives, 0 if the client vanishes
 
 
 class Buffered(Schedule):
     """Clients train on whatever model is the newest when they start; a full buffer of updates makes a round.
 
+    That a client has vanished is noticed at once, and another takes its place.
+
     Args:
         crowd: who can be asked.
         asynchrony: size of the buffer, and how many train at any time.
-        memory: of an earlier part of the run.
+        devices: how long clients take.
+        memory: of an earlier part of the run; nothing for a new one.
 
     References:
         Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022, algorithm 1.
     """
 
-    def __init__(self, crowd: Crowd, asynchrony: Asynchrony, memory: Mapping[str, Any]) -> None:
-        self._crowd, self._asynchrony = crowd, asynchrony
+    def __init__(self, crowd: Crowd, asynchrony: Asynchrony, devices: Devices, memory: Mapping[str, Any]) -> None:
+        self._crowd, self._asynchrony, self._devices = crowd, asynchrony, devices
         self._now: float = memory.get("now", 0.0)
         self._started: int = memory.get("started", 0)
-        # client -> (when it will have finished, the round in which it started)
-        self._training = {int(client): (end, start) for client, (end, start) in memory.get("training", {}).items()}
+        # A heap: the next to end comes first.
+        self._flights = sorted(
+            _Flight(end, int(client), start, finished)
+            for client, (end, start, finished) in memory.get("training", {}).items()
+        )
 
     def turn(self, round_number: int) -> Turn:
-        began, ask, use = self._now, list[int](), list[tuple[int, int]]()
+        """Plan the next round.
+
+        Raises:
+            RunError: no client will ever be there.
+        """
+        began, worked, wasted = self._now, 0.0, 0.0
+        ask, late, use = list[int](), list[int](), list[tuple[int, int]]()
+        free = np.ones(len(self._crowd.sizes), dtype=bool)  # who may start: nobody twice on one model
+        free[[flight.client for flight in self._flights]] = False
+        doomed = sum(not flight.finished for flight in self._flights)
         while len(use) < self._asynchrony.buffer_size:
-            self._fill(round_number, ask)
-            if not self._training:
+            for flight in self._fill(round_number, free):
+                (ask if flight.finished else late).append(flight.client)
+                doomed += not flight.finished
+            end = self._flights[0].end if self._flights else math.inf
+            opening = self._next_opening(free)
+            if end == opening == math.inf:
                 break
-            client = min(self._training, key=lambda c: (self._training[c][0], c))
-            self._now, start = self._training.pop(client)
-            use.append((client, start))
-        return Turn(sorted(ask), use, self._asynchrony.buffer_size, seconds=self._now - began)
+            passed = min(end, opening) - self._now
+            worked += passed * len(self._flights)
+            wasted += passed * doomed
+            self._now = min(end, opening)
+            if end <= opening:
+                flight = heapq.heappop(self._flights)
+                free[flight.client] = flight.start != round_number
+                doomed -= not flight.finished
+                if flight.finished:
+                    use.append((flight.client, flight.start))
+        if not (use or ask or late):
+            _opening(self._devices, self._now, self._crowd)
+        return Turn(
+            sorted(ask),
+            use,
+            self._asynchrony.buffer_size,
+            late=sorted(late),
+            seconds=self._now - began,
+            client_seconds=worked,
+            wasted_seconds=wasted,
+        )
 
     def memory(self) -> dict[str, Any]:
-        training = {str(client): [end, start] for client, (end, start) in self._training.items()}
+        training = {str(flight.client): [flight.end, flight.start, flight.finished] for flight in self._flights}
         return {"now": self._now, "started": self._started, "training": training}
 
-    def _fill(self, round_number: int, ask: list[int]) -> None:
-        """Start clients until as many train as may; one client trains on one model at most once."""
-        section = self._crowd.section.duration
-        assert section is not None, "the experiment was checked for it"
-        while len(self._training) < self._asynchrony.max_in_flight:
-            client = self._crowd.draw_one(self._started, {*self._training, *ask})
+    def _fill(self, round_number: int, free: Mask) -> Iterator[_Flight]:
+        """Start clients until as many train as may."""
+        if len(self._flights) >= self._asynchrony.max_in_flight:
+            return
+        here = self._devices.here(self._now)
+        while len(self._flights) < self._asynchrony.max_in_flight:
+            client = self._crowd.draw_one(self._started, here=free if here is None else free & here)
             if client is None:
                 return
             self._started += 1
-            end = self._now + duration(section, self._crowd.seed, client, round_number)
-            self._training[client] = (end, round_number)
-            ask.append(client)
+            part = self._devices.participation(client, round_number, self._now)
+            flight = _Flight(self._now + part.worked, client, round_number, int(part.finished))
+            heapq.heappush(self._flights, flight)
+            free[client] = False
+            yield flight
+
+    def _next_opening(self, free: Mask) -> float:
+        """When somebody comes for a place that nobody fills; infinite if none is free, or nobody comes."""
+        if len(self._flights) >= self._asynchrony.max_in_flight or self._devices.here(self._now) is None:
+            return math.inf
+        return self._devices.opening(self._now, self._crowd.present(here=free))
+
+
+def _opening(devices: Devices, now: float, crowd: Crowd) -> float:
+    """The first moment from now on at which somebody is there."""
+    present = crowd.present()
+    at = devices.opening(now, present)
+    if at == math.inf and len(present):
+        raise RunError(
+            "no client is there any more, by clients.duration.availability",
+            got=f"second {now:g} of the virtual clock",
+            hint="Give its windows a period, after which they repeat",
+        )
+    return now if at == math.inf else at

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtrain.errors import InputError, nearest
+from fedtrain.errors import InputError
 from fedtrain.experiment.clients import ClientsSection
 from fedtrain.privacy.rng import NoiseSource
 from fedtrain.seeds import generator
+from fedtrain.server.tables import read_rows, refuse_strangers
 
 __all__ = ["Crowd", "eligible", "fixed_sample"]
 
 Positions = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass
@@ -53,12 +54,32 @@ class Crowd:
 
     def left(self) -> int:
         """Clients that may still be asked."""
-        return len(self._present(()))
+        return len(self.present())
 
-    def draw(self, round_number: int) -> Positions:
-        """Draw who is asked in a round, in ascending order; more than wanted where there is over-selection."""
+    def present(self, busy: Collection[int] = (), here: Mask | None = None) -> Positions:
+        """Clients that may still be asked, in ascending order.
+
+        Args:
+            busy: are not asked now.
+            here: `(clients,)`, who is available; None for everybody.
+        """
+        gone = {*self.absent, *busy}
+        if not gone and here is None:
+            return self._eligible
+        mask = np.ones(len(self.sizes), dtype=bool) if here is None else here.copy()
+        mask[np.fromiter(gone, np.int64, len(gone))] = False
+        left: Positions = self._eligible[mask[self._eligible]]
+        return left
+
+    def draw(self, round_number: int, here: Mask | None = None) -> Positions:
+        """Draw who is asked in a round, in ascending order; more than wanted where there is over-selection.
+
+        Args:
+            round_number: names the random stream.
+            here: `(clients,)`, who is available; None for everybody.
+        """
         rng = generator(self.seed, "participants", round_number)
-        present, wanted = self._present(()), self.wanted()
+        present, wanted = self.present(here=here), self.wanted()
         count = min(int(np.ceil(wanted * self.section.over_selection - 1e-9)), len(present))
         if self.section.sampling == "poisson" and self.coins:
             heads = self.coins.poisson_mask(len(present), self.sample_rate()).numpy()
@@ -70,18 +91,12 @@ class Crowd:
             return self._power_of_choice(rng, present, count)
         return np.sort(present if count == len(present) else self._some(rng, present, count))
 
-    def draw_one(self, number: int, busy: Collection[int]) -> int | None:
+    def draw_one(self, number: int, busy: Collection[int] = (), here: Mask | None = None) -> int | None:
         """Draw one more client for an asynchronous run: the `number`-th, not one of the busy."""
-        present = self._present(busy)
+        present = self.present(busy, here)
         if not len(present):
             return None
         return int(self._some(generator(self.seed, "in-flight", number), present, 1)[0])
-
-    def _present(self, busy: Collection[int]) -> Positions:
-        gone = {*self.absent, *busy}
-        if not gone:
-            return self._eligible
-        return np.setdiff1d(self._eligible, np.fromiter(gone, np.int64, len(gone)), assume_unique=True)
 
     def _some(self, rng: np.random.Generator, present: Positions, count: int) -> Positions:
         shares = None
@@ -126,19 +141,15 @@ def eligible(section: ClientsSection, base: Path, client_ids: Sequence[str]) -> 
     """
     if section.tags is None or not section.where:
         return np.ones(len(client_ids), dtype=bool)
-    tags = _read_tags(base / section.tags, section.where)
+    rows = read_rows(base / section.tags, "clients.tags", ("client", *section.where))
+    tags = {row["client"]: row for row in rows}
     wanted = {tag: str(value) for tag, value in section.where.items()}
 
     def fit(has: Mapping[str, str]) -> bool:
-        return all(_same(has.get(tag, ""), value) for tag, value in section.where.items())
+        return all(_same(has.get(tag, "").strip(), value) for tag, value in section.where.items())
 
     fits = np.fromiter((fit(tags.get(name, {})) for name in client_ids), bool, len(client_ids))
-    if unknown := sorted(tags.keys() - set(client_ids)):
-        raise InputError(
-            "the file of clients.tags names clients that there are not",
-            got=", ".join(unknown[:3]),
-            hint=nearest(unknown[0], client_ids, otherwise=f"There is: {client_ids[0]}, ..."),
-        )
+    refuse_strangers(tags, "clients.tags", client_ids)
     if not fits.any():
         raise InputError(
             "no client has the tags of clients.where",
@@ -146,20 +157,6 @@ def eligible(section: ClientsSection, base: Path, client_ids: Sequence[str]) -> 
             expected=f"one of the {len(client_ids)} clients, such as {client_ids[0]}, with them in {section.tags}",
         )
     return fits
-
-
-def _read_tags(path: Path, wanted: Iterable[str]) -> Mapping[str, dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            columns = list(rows.fieldnames or ())
-            for column in ("client", *wanted):
-                if column not in columns:
-                    hint = nearest(column, columns)
-                    raise InputError(f"the file of clients.tags has no column {column!r}", got=str(path), hint=hint)
-            return {row["client"]: {tag: (row[tag] or "").strip() for tag in wanted} for row in rows}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"the file of clients.tags cannot be read ({error})", got=str(path)) from error
 
 
 def _same(text: str, value: str | bool | int) -> bool:

@@ -6,6 +6,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fedtrain.experiment.privacy import PrivacySection
+from fedtrain.params import Params
+from fedtrain.records import RoundRecord
+from fedtrain.server.drift import Drift
+from fedtrain.training.evaluation import weighted_mean
+
 __all__ = ["Tally"]
 
 
@@ -26,8 +32,24 @@ class Tally:
     ended: list[str] = field(default_factory=list)
     losses: list[tuple[dict[str, float], int]] = field(default_factory=list)  # with the examples behind them
     staleness: list[int] = field(default_factory=list)
-    bytes_up: int = 0
-    bytes_down: int = 0
+    client_bytes: dict[str, tuple[int, int]] = field(default_factory=dict)  # up and down
+    received: Params = field(default_factory=dict)  # the model that this round's clients start from
+    drift: Drift | None = None
+
+    def count(self, client: str, *, up: int = 0, down: int = 0) -> None:
+        """Count bytes of a message from a client, or to it."""
+        before = self.client_bytes.get(client, (0, 0))
+        self.client_bytes[client] = before[0] + up, before[1] + down
+
+    @property
+    def bytes_up(self) -> int:
+        """Of all clients."""
+        return sum(up for up, _ in self.client_bytes.values())
+
+    @property
+    def bytes_down(self) -> int:
+        """To all clients."""
+        return sum(down for _, down in self.client_bytes.values())
 
     def note_silence(self) -> None:
         """Count those who were asked and never replied as late."""
@@ -37,3 +59,27 @@ class Tally:
         """Positions of the clients that were asked and have sent nothing of use."""
         gone = {*self.quarantined, *self.ended, *self.late}
         return [nodes[node] for node, client in self.names.items() if client in gone]
+
+    def record(self, privacy: PrivacySection | None) -> RoundRecord:
+        """Write down what was learned.
+
+        Args:
+            privacy: of the experiment, which says what may not be told.
+        """
+        protects_clients = privacy is not None and privacy.unit == "client"
+        return RoundRecord(
+            round_number=self.number,
+            participants=self.participants,
+            quarantined=self.quarantined,
+            set_aside=self.set_aside,
+            ended=self.ended,
+            late=self.late,
+            num_examples=0 if privacy else sum(examples for _, examples in self.losses),
+            train=weighted_mean(self.losses),
+            bytes_up=self.bytes_up,
+            bytes_down=self.bytes_down,
+            client_bytes={} if protects_clients else self.client_bytes,
+            drift=self.drift.clients() if self.drift else {},
+            diversity=self.drift.diversity() if self.drift else None,
+            staleness=sum(self.staleness) / max(1, len(self.staleness)),
+        )

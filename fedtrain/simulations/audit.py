@@ -20,8 +20,10 @@ from fedtrain import params as P
 from fedtrain.data.base import Examples
 from fedtrain.data.federated import build
 from fedtrain.errors import InputError
+from fedtrain.experiment.optimizers import SgdSection
 from fedtrain.experiment.privacy import ClientPrivacy, SamplePrivacy
-from fedtrain.experiment.sections import Experiment, SgdSection, TrainingSection
+from fedtrain.experiment.sections import Experiment
+from fedtrain.experiment.training import TrainingSection
 from fedtrain.params import Params
 from fedtrain.privacy.accounting import Spend
 from fedtrain.privacy.evidence import (

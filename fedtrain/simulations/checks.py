@@ -9,11 +9,10 @@ from fedtrain.data.federated import PartitionedData
 from fedtrain.errors import InputError
 from fedtrain.experiment.privacy import ClientPrivacy, SamplePrivacy
 from fedtrain.experiment.sections import Experiment
-from fedtrain.params import Params
+from fedtrain.params import Params, is_private
 from fedtrain.strategies.base import FederatedStrategy
 from fedtrain.tasks.base import Task
 from fedtrain.tasks.registry import check_task
-from fedtrain.training.loop import is_private
 
 __all__ = ["check_noise_fits", "check_private", "check_times", "try_task"]
 
@@ -58,6 +57,12 @@ def check_times(experiment: Experiment, *, live: bool, flowing: bool) -> None:
     """Refuse what needs to know how long clients take, where they take no time of their own."""
     clients = experiment.clients
     if live:
+        if flowing and experiment.compression.max_bytes is not None:
+            raise InputError(
+                "what a round of an asynchronous server will weigh is not known beforehand",
+                got="compression.max_bytes",
+                hint="Leave it out, or choose a strategy in rounds, such as fedavg",
+            )
         if flowing and experiment.privacy:
             raise InputError(
                 "how often an asynchronous server asks a client is not known beforehand, and privacy has to count it",
@@ -69,5 +74,5 @@ def check_times(experiment: Experiment, *, live: bool, flowing: bool) -> None:
     if wanting and clients.duration is None:
         raise InputError(
             f"{wanting} needs clients.duration: how long clients take",
-            hint="Set clients.duration={seconds=1}, or use `fedtrain server`, whose clients take a time of their own",
+            hint='Set clients.duration={kind="devices"}, or use `fedtrain server`, whose clients take their own time',
         )

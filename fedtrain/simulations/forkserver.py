@@ -50,6 +50,8 @@ def start_importing(experiment: Experiment) -> None:
 
 def wanted_workers(experiment: Experiment) -> int:
     """Worker processes on a machine without a GPU: one per core where there are two or more."""
+    if experiment.run.gpus > 1:
+        return 0  # a client's own processes share its batches
     if experiment.run.workers != "auto":
         return experiment.run.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -195,9 +195,7 @@ def protection(
         policy = load_policy(base / experiment.run.policy)
     ledgers = folder.ledgers if experiment.run.ledgers is None else base / experiment.run.ledgers
     if ledgers.exists() and not ledgers.is_dir():
-        raise InputError(
-            "run.ledgers is no folder", got=str(ledgers), expected="a folder, or a path where one can be made"
-        )
+        raise InputError("run.ledgers is no folder", got=ledgers, expected="a folder, or a path where one can be made")
     protects = Protection(plan, policy, None if section.noise_seed is not None else ledgers, mode, sizes)
     protects.check_policy(requests(experiment, "planned", model))
     return protects

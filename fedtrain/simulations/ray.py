@@ -31,7 +31,7 @@ from fedtrain.importing import blame
 from fedtrain.params import snapshot
 from fedtrain.simulations.grid import answer
 from fedtrain.simulations.run import Setup
-from fedtrain.tasks.registry import make_task
+from fedtrain.tasks.adapted import experiment_task
 from fedtrain.training.device import find_device
 
 __all__ = ["RayEngine", "RayResources"]
@@ -267,7 +267,7 @@ def _app(reference: Any) -> tuple[ClientApp, Sequence[str]]:
     experiment, data, site = ray.get(reference)[:3]
     site = replace(site, device=find_device(site.device.type))
     torch.set_num_threads(experiment.run.threads)
-    app = make_client_app(experiment, make_task(experiment.task, data.spec, site.base), data, site)
+    app = make_client_app(experiment, experiment_task(experiment, data.spec, site.base), data, site)
     return app, data.client_ids()
 
 

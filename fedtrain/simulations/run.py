@@ -22,22 +22,32 @@ from torch import nn
 from fedtrain import params
 from fedtrain.client.app import Site, make_client_app
 from fedtrain.client.state import ClientState
+from fedtrain.compression.exchange import Exchange, make_exchange
 from fedtrain.data.base import FederatedData
 from fedtrain.data.federated import PartitionedData, build
 from fedtrain.errors import InterruptedRunError, RunError, RunFolderError
 from fedtrain.experiment.load import to_toml
-from fedtrain.experiment.privacy import SamplePrivacy
+from fedtrain.experiment.privacy import ClientPrivacy, SamplePrivacy
 from fedtrain.experiment.sections import Experiment
-from fedtrain.importing import raised
 from fedtrain.params import Params
 from fedtrain.rundir import Checkpoint, RunFolder
 from fedtrain.server.cohort import Cohort
+from fedtrain.server.devices import Pace
+from fedtrain.server.drift import Sketcher
+from fedtrain.server.mail import Mail
 from fedtrain.server.manifest import Circumstances, new_manifest, refuse_other_run, resumed_manifest
-from fedtrain.server.rounds import Observer, Server
+from fedtrain.server.measuring import CentralTest
+from fedtrain.server.observer import Observer
+from fedtrain.server.prices import ByteBudget, Prices
+from fedtrain.server.result import Result, check_watched
+from fedtrain.server.rounds import Server
 from fedtrain.server.selection import eligible
+from fedtrain.simulations.calibration import measure_step
+from fedtrain.simulations.central import central_examples
 from fedtrain.simulations.checks import check_noise_fits, check_private, check_times, try_task
 from fedtrain.simulations.forkserver import wanted_workers
 from fedtrain.simulations.grid import Engine, InProcess, SimulationGrid
+from fedtrain.simulations.outlook import make_pace
 from fedtrain.simulations.private import Accounts, Protection, protection, requests
 from fedtrain.simulations.shared import Arena
 from fedtrain.simulations.workers import WorkerPool, Workers
@@ -45,11 +55,11 @@ from fedtrain.strategies.adapter import AlgorithmRunner, RoundStrategy
 from fedtrain.strategies.base import FederatedStrategy
 from fedtrain.strategies.registry import make_strategy
 from fedtrain.strategies.stock import StockStrategy
+from fedtrain.tasks.adapted import experiment_task
 from fedtrain.tasks.base import Task
-from fedtrain.tasks.registry import make_task
-from fedtrain.training.device import find_device
-from fedtrain.training.evaluation import evaluate
-from fedtrain.training.loop import build_model, is_private
+from fedtrain.training.device import check_device, deterministic, find_device
+from fedtrain.training.loop import build_model
+from fedtrain.training.optimizer import check_optimizer
 
 __all__ = ["Backend", "EngineFactory", "Places", "Setup", "sigterm_interrupts", "simulate"]
 
@@ -135,6 +145,9 @@ def simulate(
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(experiment.run.threads)
             device = find_device(experiment.run.device)
+            if backend is None:  # a server's clients check their own
+                check_device(experiment.training, experiment.run.gpus, device)
+            stack.enter_context(deterministic(experiment.run.deterministic))
             count = 0 if backend else _worker_count(experiment, device)
             backend = backend or Backend(_in_process)
             if count:
@@ -143,7 +156,7 @@ def simulate(
                 backend = Backend(partial(_workers, pool))
             load = backend.load or partial(build, experiment.data, places.data_root, places.base, experiment.seed)
             data = load()
-            task = make_task(experiment.task, data.spec, places.base)
+            task = experiment_task(experiment, data.spec, places.base)
             try_task(task, data)
             sizes = np.where(eligible(experiment.clients, places.base, data.client_ids()), data.sizes(), 0)
             strategy = make_strategy(experiment, int(np.count_nonzero(sizes)), places.base)
@@ -151,13 +164,14 @@ def simulate(
             check_times(experiment, live=backend.live, flowing=flowing)
             protects = protection(experiment, (places.base, folder), data, sizes, task)
             check_noise_fits(experiment, strategy)
-            if not backend.locked:
-                stack.enter_context(folder.locked())
-            refuse_other_run(folder, experiment, places.base)
             simulation = _Simulation(
                 experiment, places, observer, folder, data, sizes, task, strategy, device, protects
             )
-            simulation.run(backend, count)
+            model, central = simulation.checked()
+            if not backend.locked:
+                stack.enter_context(folder.locked())
+            refuse_other_run(folder, experiment, places.base)
+            simulation.run(model, central, backend, count)
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 "interrupted; what was finished is kept", hint="Run the same command again to go on"
@@ -180,19 +194,29 @@ class _Simulation:
     device: torch.device
     protection: Protection | None
 
-    def run(self, backend: Backend, workers: int) -> None:
+    def checked(self) -> tuple[nn.Module, CentralTest]:
+        """Build what is to be trained and what measures it; refuse what does not fit, before anything is written."""
         model = build_model(self.task, self.experiment.seed)
-        private = tuple(self.experiment.personalization.private)
-        travelling = params.exchanged(model)
-        initial = {name: t for name, t in travelling.items() if not is_private(name, private)}
-        check_private(private, travelling, initial)
+        check_private(tuple(self.experiment.personalization.private), params.exchanged(model), self._initial(model))
+        check_optimizer(self.experiment.training, self.places.base, model)
+        examples = central_examples(self.experiment, self.data)
+        central = CentralTest(self.experiment, self.task, self.data, self.device, examples)
+        check_watched(self.experiment, central.names, examples)
+        return model, central
+
+    def _initial(self, model: nn.Module) -> Params:
+        private = self.experiment.personalization.private
+        return {name: t for name, t in params.exchanged(model).items() if not params.is_private(name, private)}
+
+    def run(self, model: nn.Module, central: CentralTest, backend: Backend, workers: int) -> None:
         self._begin(model, workers)
         try:
-            buffers = dict(model.named_buffers()).keys()
+            exchange = make_exchange(self.experiment, model)
             with self._accounts(model) as accounts:
-                final = self._rounds(params.snapshot(initial), buffers, backend, accounts)
-            params.load(model, final)
+                result = self._rounds(params.snapshot(self._initial(model)), exchange, backend, accounts, central)
+            params.load(model, result.params)
             digest = self.folder.write_model(model.state_dict())
+            ClientState(self.folder.clients).keep_last()
         except (InterruptedRunError, KeyboardInterrupt):
             self._update_manifest(status="interrupted")
             raise
@@ -200,7 +224,8 @@ class _Simulation:
             with contextlib.suppress(RunError):  # the first error is the one to tell
                 self._update_manifest(status="failed")
             raise
-        self._update_manifest(status="complete", model_sha256=digest)
+        told = {"result_round": result.round_number, "ended": result.ended}
+        self._update_manifest(status="complete", model_sha256=digest, **told)
 
     def _begin(self, model: nn.Module, workers: int) -> None:
         """Write what is known before the first round, or check that it still holds."""
@@ -240,7 +265,7 @@ class _Simulation:
                 "model is not measured; set data.central_test=0.2"
             )
             return
-        if self.experiment.data.test:
+        if self.experiment.data.tests_clients:
             return
         ways = "data.test=0.2" if private else "data.central_test=0.2 or data.test=0.2"
         self.observer.notice(
@@ -254,7 +279,9 @@ class _Simulation:
         request = requests(self.experiment, f"{self.experiment.name} {manifest.created_at}", model)
         return self.protection.accounts(request, self.data, self.folder.asked)
 
-    def _rounds(self, initial: Params, buffers: Collection[str], backend: Backend, accounts: Accounts) -> Params:
+    def _rounds(
+        self, initial: Params, exchange: Exchange, backend: Backend, accounts: Accounts, central: CentralTest
+    ) -> Result:
         experiment, data = self.experiment, self.data
         names = data.client_ids()
 
@@ -263,18 +290,23 @@ class _Simulation:
 
         asynchrony = None
         runner: RoundStrategy
+        personal = False
         if isinstance(self.strategy, FederatedStrategy):
             strategy = accounts.guard(self.strategy)
-            runner = AlgorithmRunner(strategy.algorithm, initial, buffers)
-            asynchrony = strategy.asynchrony
+            runner = AlgorithmRunner(strategy.algorithm, initial, exchange.buffers)
+            asynchrony, personal = strategy.asynchrony, strategy.personal_rule is not None
         else:
             runner = StockStrategy(self.strategy, experiment.seed, client_name)
-        cohort = Cohort(experiment, self.sizes, asynchrony, live=backend.live)
+        metrics = ["loss", *self.task.metrics()]
+        prices = Prices(experiment, exchange, runner.share(), runner.extra(initial), metrics, personal, central.metrics)
         start = self._start(Checkpoint(0, initial, runner.state))
+        pace = None if backend.live else self._pace(prices, start.server.get("step_seconds"))
+        cohort = Cohort(experiment, self.sizes, asynchrony, live=backend.live, pace=pace, held_out=data.held_out())
         site = Site(self.places.base, ClientState(self.folder.clients), self.device, accounts.budget)
-        central = self._central_evaluation()
         beside = max(Arena.size_for(runner.share()), Arena.size_for(runner.extra(initial)))
-        setup = Setup(experiment, data, site, Arena.size_for(initial) + beside, asynchrony is not None)
+        sums = Arena.size_for(central.metrics.blank(personal=True))
+        largest = max(Arena.size_for(initial), exchange.largest(), sums)
+        setup = Setup(experiment, data, site, largest + beside, asynchrony is not None)
         with backend.engine(setup) as engine:
             grid = SimulationGrid(engine, len(names))
             server = Server(
@@ -283,13 +315,18 @@ class _Simulation:
                 cohort,
                 grid,
                 self.folder,
-                client_name,
-                central,
+                central.measure,
                 self.observer,
+                Mail(prices, runner, cohort, self.folder, client_name),
                 accounts.spending,
+                ByteBudget.of(experiment.compression, self.folder.read_rounds()),
+                self._sketcher(initial, exchange.buffers),
                 backend.joined,
+                central.confusion,
+                central.look,
             )
-            return server.run(start)
+            server.run(start)
+            return server.result
 
     def _start(self, fresh: Checkpoint) -> Checkpoint:
         """Take up the newest whole checkpoint; forget what was recorded after it."""
@@ -297,7 +334,7 @@ class _Simulation:
         if {n: t.shape for n, t in start.params.items()} != {n: t.shape for n, t in fresh.params.items()}:
             raise RunFolderError(
                 "the checkpoint does not fit the task's model: the task's code has changed",
-                got=str(self.folder.path),
+                got=self.folder.path,
                 hint="Bring the old code back, or start anew in another folder with --out",
             )
         if self.folder.rounds.exists():
@@ -306,22 +343,23 @@ class _Simulation:
             self.observer.notice(f"resuming {where} of {self.experiment.rounds} rounds")
         return start
 
-    def _central_evaluation(self) -> Callable[[Params], dict[str, float]]:
-        if self.experiment.personalization.private:
-            return lambda _: {}  # a model without its private parts is nobody's
-        if self.experiment.privacy and self.data.dataset.test_targets is None:
-            return lambda _: {}  # the clients' own test examples are theirs
-        examples = self.data.central_test()
-        model = build_model(self.task, self.experiment.seed).to(self.device)
+    def _pace(self, prices: Prices, known: float | None) -> Pace:
+        def measure() -> float:
+            if known is not None:  # as the run began
+                return known
+            seconds = measure_step(self.experiment, self.task, self.data, self.device)
+            self.observer.notice(
+                f"one local step takes {seconds * 1000:.3g} ms here: that is the clock's median device"
+            )
+            return seconds
 
-        def central(values: Params) -> dict[str, float]:
-            params.load(model, values)
-            try:
-                return evaluate(model, self.task, examples, self.experiment.evaluation.batch_size)
-            except Exception as error:
-                raise raised("evaluating on the central test set", error, RunError) from error
+        return make_pace(prices, self.places.base, self.data.client_ids(), self.sizes, measure)
 
-        return central
+    def _sketcher(self, initial: Params, buffers: Collection[str]) -> Sketcher | None:
+        """Nothing may be told of single clients where each is protected."""
+        if not self.experiment.evaluation.drift or isinstance(self.experiment.privacy, ClientPrivacy):
+            return None
+        return Sketcher({name: t for name, t in initial.items() if name not in buffers})
 
     def _update_manifest(self, **changes: object) -> None:
         self.folder.write_manifest(self.folder.read_manifest().model_copy(update=changes))
@@ -330,7 +368,7 @@ class _Simulation:
 @contextlib.contextmanager
 def _in_process(setup: Setup) -> Iterator[Engine]:
     experiment, data, site = setup[:3]
-    task = make_task(experiment.task, data.spec, site.base)
+    task = experiment_task(experiment, data.spec, site.base)
     yield InProcess(make_client_app(experiment, task, data, site), data.client_ids())
 
 

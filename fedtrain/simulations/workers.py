@@ -32,7 +32,7 @@ from fedtrain.experiment.sections import Experiment
 from fedtrain.simulations.forkserver import worker_context
 from fedtrain.simulations.grid import answer
 from fedtrain.simulations.shared import Arena, Index, SharedFolder, dumps, shared_bytes
-from fedtrain.tasks.registry import make_task
+from fedtrain.tasks.adapted import experiment_task
 
 __all__ = ["WorkerPool", "Workers"]
 
@@ -217,7 +217,7 @@ def _worker(connection: Connection, threads: int) -> None:
         place: _Place = connection.recv()
         try:
             experiment, data, site = setup
-            app = make_client_app(experiment, make_task(experiment.task, data.spec, site.base), data, site)
+            app = make_client_app(experiment, experiment_task(experiment, data.spec, site.base), data, site)
             client_ids = data.client_ids()
             down = Arena(Path(place.down), place.size)
             up = [Arena(Path(path), place.size) for path in place.up]

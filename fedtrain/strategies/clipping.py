@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fedtrain.experiment.strategies import CenteredClippingStrategy, NormBoundingStrategy
-from fedtrain.params import Params, RunningMean, add, difference, l2_norm, scaled, zeros_like
+from fedtrain.params import Params, RunningMean, add, l2_norm, scaled, zeros_like
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
 from fedtrain.wire import Update
 
@@ -35,7 +35,7 @@ def centered_clipping(section: CenteredClippingStrategy) -> FederatedStrategy:
         total = RunningMean(like=params)
         count = 0
         for update in updates:
-            total.add(update.delta, _share(l2_norm(difference(update.delta, center)), section.radius))
+            total.add(update.delta, _share(l2_norm(update.delta, center), section.radius))
             count += 1
         if not count:
             return params, state

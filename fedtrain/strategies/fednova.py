@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from fedtrain.experiment.sections import SgdSection, TrainingSection
+from fedtrain.experiment.optimizers import SgdSection
+from fedtrain.experiment.training import TrainingSection
 from fedtrain.params import Params, RunningMean, add, scaled
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
 from fedtrain.training.rules import LocalEnd, LocalRule

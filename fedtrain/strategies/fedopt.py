@@ -14,7 +14,6 @@ References:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 
 import torch
@@ -29,6 +28,7 @@ from fedtrain.experiment.strategies import (
 )
 from fedtrain.params import Params, RunningMean, zeros_like
 from fedtrain.strategies.base import Algorithm, FederatedStrategy, State
+from fedtrain.training.optimizer import refuse_unknown_options, torch_optimizers
 from fedtrain.wire import Update
 
 __all__ = ["fedadagrad", "fedadam", "fedopt", "fedyogi", "server_optimizer"]
@@ -129,12 +129,7 @@ def _adaptive(
 
 def _optimizer(section: FedOptStrategy) -> type[torch.optim.Optimizer]:
     """Find the class, and refuse options that it does not take."""
-    base = torch.optim.Optimizer
-    known = {
-        name: kind
-        for name, kind in vars(torch.optim).items()
-        if isinstance(kind, type) and issubclass(kind, base) and kind is not base
-    }
+    known = torch_optimizers()
     if section.optimizer not in known:
         raise InputError(
             "strategy.optimizer: torch.optim has no such optimizer",
@@ -143,13 +138,5 @@ def _optimizer(section: FedOptStrategy) -> type[torch.optim.Optimizer]:
             hint=nearest(section.optimizer, known, otherwise=""),
         )
     kind = known[section.optimizer]
-    allowed = [name for name in inspect.signature(kind).parameters if name != "params"]
-    for option in section.options:
-        if option not in allowed:
-            raise InputError(
-                f"strategy.options: torch.optim.{section.optimizer} has no such option",
-                got=option,
-                expected=f"one of {', '.join(allowed)}",
-                hint=nearest(option, allowed, otherwise=""),
-            )
+    refuse_unknown_options(kind, section.options, "strategy")
     return kind

@@ -20,6 +20,13 @@ class Task(Protocol):
 
     A task's class is called as `YourTask(spec, **options)`: `spec` is the `fedtrain.data.base.DataSpec` of the data,
     the options are `[task] options` of the experiment file.
+
+    It may have three members more. `batch_loss(model, inputs, targets) -> (B,)` is the training hook: what a step
+    minimises in place of `loss(model(inputs), targets)`, where that needs the model more than once, other inputs or an
+    environment. It draws on torch's global generator, which the training loop has seeded; measurements go on with
+    `loss` and `metrics`. `relabel(model, inputs, targets) -> targets` gives a client's examples the targets of a
+    training, from the model that it starts from. `output_names`, a tuple of texts, says that the model's outputs do
+    not predict the target.
     """
 
     def model(self) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedtrain.data.base import DataSpec
 from fedtrain.errors import TaskError
 from fedtrain.tasks.checks import needs_classes, needs_numbers, widths
+from fedtrain.tasks.dropout import chance, dropout_layer
 from fedtrain.tasks.objectives import Classification, Regression, num_outputs
 
 __all__ = ["Logistic", "Mlp", "Regressor"]
@@ -39,19 +40,21 @@ class Mlp(Classification):
     Args:
         spec: data with a class to predict.
         hidden: widths of the hidden layers; two of 200 are the "2NN".
+        dropout: chance that training leaves out a hidden unit (Srivastava et al. 2014).
 
     References:
         McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017.
     """
 
-    def __init__(self, spec: DataSpec, hidden: int | Sequence[int] = (200, 200)) -> None:
+    def __init__(self, spec: DataSpec, hidden: int | Sequence[int] = (200, 200), dropout: float = 0.0) -> None:
         needs_classes("mlp", spec)
         self.spec = spec
         self.hidden = widths("hidden", hidden)
+        self.dropout = chance(dropout)
 
     def model(self) -> nn.Module:
         """Linear layers with ReLU between them; `(B, classes)` logits, or `(B, 1)` for two classes."""
-        return _perceptron(self.spec, self.hidden, num_outputs(self.spec))
+        return _perceptron(self.spec, self.hidden, num_outputs(self.spec), self.dropout)
 
 
 class Regressor(Regression):
@@ -100,13 +103,14 @@ class _TargetUnits(nn.Module):
         return standard[:, 0] * self.std + self.mean
 
 
-def _perceptron(spec: DataSpec, hidden: Sequence[int], outputs: int) -> nn.Sequential:
-    """Stack linear layers fc1, fc2, ... of the given widths, with ReLU between them."""
+def _perceptron(spec: DataSpec, hidden: Sequence[int], outputs: int, dropout: float = 0.0) -> nn.Sequential:
+    """Stack linear layers fc1, fc2, ... of the given widths, with ReLU and dropout between them."""
     sizes = [math.prod(spec.input_shape), *hidden, outputs]
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for number, (width_in, width_out) in enumerate(pairwise(sizes), start=1):
         if number > 1:
             layers[f"relu{number - 1}"] = nn.ReLU()
+            layers |= dropout_layer(f"dropout{number - 1}", dropout)
         layers[f"fc{number}"] = nn.Linear(width_in, width_out)
     return nn.Sequential(layers)
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fedtrain.data.base import DataSpec
 from fedtrain.errors import TaskError
 from fedtrain.tasks.checks import needs_images, positive_int
+from fedtrain.tasks.dropout import chance, dropout_layer
 from fedtrain.tasks.objectives import Classification, num_outputs
 
 __all__ = ["Cnn", "Resnet18Gn", "SimpleCnn"]
@@ -20,6 +21,7 @@ class Cnn(Classification):
 
     Args:
         spec: images of at least 4 x 4 pixels with a class to predict.
+        dropout: chance that training leaves out one of the 512 hidden units.
 
     References:
         McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017.
@@ -27,9 +29,10 @@ class Cnn(Classification):
 
     channels_last = True
 
-    def __init__(self, spec: DataSpec) -> None:
+    def __init__(self, spec: DataSpec, dropout: float = 0.0) -> None:
         needs_images("cnn", spec, least=4)
         self.spec = spec
+        self.dropout = chance(dropout)
 
     def model(self) -> nn.Module:
         """1,663,370 parameters for 1x28x28 and 10 classes; `(B, classes)` logits, or `(B, 1)` for two."""
@@ -45,6 +48,7 @@ class Cnn(Classification):
                 flatten=nn.Flatten(),
                 fc1=nn.Linear(64 * (height // 4) * (width // 4), 512),
                 relu3=nn.ReLU(),
+                **dropout_layer("dropout", self.dropout),
                 fc2=nn.Linear(512, num_outputs(self.spec)),
             )
         )
@@ -55,6 +59,7 @@ class SimpleCnn(Classification):
 
     Args:
         spec: images of at least 16 x 16 pixels with a class to predict.
+        dropout: chance that training leaves out one of the 120 and 84 hidden units.
 
     References:
         Li et al., Federated Learning on Non-IID Data Silos: An Experimental Study, ICDE 2022.
@@ -62,9 +67,10 @@ class SimpleCnn(Classification):
 
     channels_last = True
 
-    def __init__(self, spec: DataSpec) -> None:
+    def __init__(self, spec: DataSpec, dropout: float = 0.0) -> None:
         needs_images("simple-cnn", spec, least=16)
         self.spec = spec
+        self.dropout = chance(dropout)
 
     def model(self) -> nn.Module:
         """44,426 parameters for 1x28x28 and 10 classes; `(B, classes)` logits, or `(B, 1)` for two."""
@@ -82,8 +88,10 @@ class SimpleCnn(Classification):
                 flatten=nn.Flatten(),
                 fc1=nn.Linear(16 * rows * columns, 120),
                 relu3=nn.ReLU(),
+                **dropout_layer("dropout1", self.dropout),
                 fc2=nn.Linear(120, 84),
                 relu4=nn.ReLU(),
+                **dropout_layer("dropout2", self.dropout),
                 fc3=nn.Linear(84, num_outputs(self.spec)),
             )
         )

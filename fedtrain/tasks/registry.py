@@ -14,12 +14,18 @@ from fedtrain.errors import FedtrainError, TaskError, nearest
 from fedtrain.experiment.sections import TaskSection
 from fedtrain.importing import load_object, raised
 from fedtrain.seeds import global_torch_seed
+from fedtrain.tasks.autoencoder import Autoencoder, Vae
 from fedtrain.tasks.base import Task
+from fedtrain.tasks.clustering import KMeans
+from fedtrain.tasks.contrastive import Contrastive, Probe
 from fedtrain.tasks.dense import Logistic, Mlp, Regressor
+from fedtrain.tasks.hook import batch_loss_of, relabelled
 from fedtrain.tasks.images import Cnn, Resnet18Gn, SimpleCnn
+from fedtrain.tasks.multi import MultiLabel, MultiTask
+from fedtrain.tasks.semi import PseudoLabel
 from fedtrain.tasks.text import CharLstm, Transformer
 
-__all__ = ["TASKS", "BuiltIn", "check_task", "make_task"]
+__all__ = ["FURTHER_TASKS", "TASKS", "BuiltIn", "check_task", "make_task"]
 
 _GUIDE = "docs/tasks.md has a complete example"
 
@@ -41,6 +47,19 @@ TASKS = {
     "transformer": BuiltIn(Transformer, "next character of a text by a small causal transformer"),
     "regressor": BuiltIn(Regressor, "multi-layer perceptron that predicts a number"),
 }
+"""Tasks that predict the target by one network."""
+
+FURTHER_TASKS = {
+    "multi-label": BuiltIn(MultiLabel, "several labels at once, for classes such as rain+wind"),
+    "multi-task": BuiltIn(MultiTask, "several classes at once, for classes such as 7/odd"),
+    "pseudo-label": BuiltIn(PseudoLabel, "classifier for clients that have labels for a few of their examples"),
+    "contrastive": BuiltIn(Contrastive, "trains an encoder without labels, by two views of each example"),
+    "probe": BuiltIn(Probe, "linear classifier on the encoder of a contrastive run"),
+    "autoencoder": BuiltIn(Autoencoder, "finds anomalies by what it reconstructs badly"),
+    "vae": BuiltIn(Vae, "variational autoencoder, which generates new inputs"),
+    "kmeans": BuiltIn(KMeans, "k-means whose centroids are the model"),
+}
+"""Tasks with other ways to learn, or with more to predict."""
 
 
 def make_task(section: TaskSection, spec: DataSpec, base: Path) -> Task:
@@ -82,20 +101,30 @@ def check_task(task: Task, examples: Examples) -> None:
         examples: two or more, as the model is going to get them.
 
     Raises:
-        TaskError: the model, the loss or a metric raises, or does not give one number per example.
+        TaskError: the model, the loss, a training hook or a metric raises, or does not give one number per example.
     """
     with global_torch_seed(0, "check-task"):
         try:
             model = task.model()
             trained = [p for p in model.parameters() if p.requires_grad]
-            outputs = model.train()(examples.inputs)
-            values = {"loss": task.loss(outputs, examples.targets)}
+            targets = relabelled(task, model, examples).targets
+            model.train()
+            if hook := batch_loss_of(task):
+                minimised = hook(model, examples.inputs, targets)
+            else:
+                minimised = task.loss(model(examples.inputs), targets)
             if trained:
-                torch.autograd.grad(values["loss"].sum(), trained, materialize_grads=True)
+                torch.autograd.grad(minimised.sum(), trained, materialize_grads=True)
             with torch.no_grad():
                 outputs = model.eval()(examples.inputs)
+                values = {"loss": task.loss(outputs, examples.targets)}
+                values["batch_loss" if hook else "loss of a step"] = minimised
+                if difficulty := getattr(task, "difficulty", None):
+                    values["training.curriculum.score"] = difficulty(examples.inputs, examples.targets)
                 for name, metric in task.metrics().items():
                     values[f"metric {name!r}"] = metric(outputs, examples.targets)
+        except FedtrainError:
+            raise
         except Exception as exc:
             raise raised("trying the task on a few examples", exc, TaskError) from exc
     if not trained:
@@ -112,13 +141,14 @@ def check_task(task: Task, examples: Examples) -> None:
 
 
 def _built_in(name: str) -> Callable[..., Task]:
-    if name in TASKS:
-        return TASKS[name].build
+    known = {**TASKS, **FURTHER_TASKS}
+    if name in known:
+        return known[name].build
     raise TaskError(
         "there is no such built-in task",
         got=name,
-        expected=f'one of {", ".join(TASKS)}, or your own as "package.module:Class" or "file.py:Class"',
-        hint=nearest(name, TASKS, otherwise=""),
+        expected=f'one of {", ".join(known)}, or your own as "package.module:Class" or "file.py:Class"',
+        hint=nearest(name, known, otherwise=""),
     )
 
 

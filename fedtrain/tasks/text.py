@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fedtrain.data.base import DataSpec
 from fedtrain.errors import TaskError
 from fedtrain.tasks.checks import needs_tokens, positive_int
+from fedtrain.tasks.dropout import chance
 from fedtrain.tasks.objectives import NextToken
 
 __all__ = ["CharLstm", "Transformer"]
@@ -28,17 +29,21 @@ class CharLstm(NextToken):
         embedding: width of the characters' embedding.
         hidden: width of each LSTM layer.
         layers: LSTM layers.
+        dropout: chance that training leaves out an output of an LSTM layer (Zaremba et al. 2014).
 
     References:
         McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017.
     """
 
-    def __init__(self, spec: DataSpec, embedding: int = 8, hidden: int = 256, layers: int = 2) -> None:
+    def __init__(
+        self, spec: DataSpec, embedding: int = 8, hidden: int = 256, layers: int = 2, *, dropout: float = 0.0
+    ) -> None:
         needs_tokens("char-lstm", spec)
         self.spec = spec
         self.embedding = positive_int("embedding", embedding)
         self.hidden = positive_int("hidden", hidden)
         self.layers = positive_int("layers", layers)
+        self.dropout = chance(dropout)
 
     def model(self) -> nn.Module:
         """Embedding, LSTM layers and a linear layer; `(B, T)` tokens to `(B, T, tokens)` logits."""
@@ -47,6 +52,8 @@ class CharLstm(NextToken):
         for number in range(1, self.layers + 1):
             width = self.embedding if number == 1 else self.hidden
             model.add_module(f"lstm{number}", _Lstm(width, self.hidden))
+            if self.dropout:
+                model.add_module(f"dropout{number}", nn.Dropout(self.dropout))
         model.add_module("fc", nn.Linear(self.hidden, self.spec.num_classes))
         return model
 
@@ -59,18 +66,22 @@ class Transformer(NextToken):
         width: width of the embeddings; a multiple of `heads`.
         layers: transformer blocks.
         heads: attention heads.
+        dropout: chance that training leaves out a number of the embeddings, or of what a block adds to its input.
 
     References:
         Vaswani et al., Attention Is All You Need, NeurIPS 2017.
         Xiong et al., On Layer Normalization in the Transformer Architecture, ICML 2020 (pre-normalisation).
     """
 
-    def __init__(self, spec: DataSpec, width: int = 128, layers: int = 2, heads: int = 4) -> None:
+    def __init__(
+        self, spec: DataSpec, width: int = 128, layers: int = 2, heads: int = 4, *, dropout: float = 0.0
+    ) -> None:
         needs_tokens("transformer", spec)
         self.spec = spec
         self.width = positive_int("width", width)
         self.layers = positive_int("layers", layers)
         self.heads = positive_int("heads", heads)
+        self.dropout = chance(dropout)
         if self.width % self.heads:
             raise TaskError("the task option 'width' is wrong", got=width, expected=f"a multiple of heads = {heads}")
 
@@ -79,8 +90,10 @@ class Transformer(NextToken):
         tokens = self.spec.num_classes
         model = nn.Sequential()
         model.add_module("embedding", _PositionedEmbedding(tokens, self.spec.input_shape[0], self.width))
+        if self.dropout:
+            model.add_module("dropout", nn.Dropout(self.dropout))
         for number in range(1, self.layers + 1):
-            model.add_module(f"block{number}", _Block(self.width, self.heads))
+            model.add_module(f"block{number}", _Block(self.width, self.heads, self.dropout))
         model.add_module("norm", nn.LayerNorm(self.width))
         model.add_module("fc", nn.Linear(self.width, tokens))
         return model
@@ -96,14 +109,15 @@ class _Lstm(nn.Module):
         super().__init__()
         self.inputs = nn.Linear(width, 4 * hidden)
         self.recurrent = nn.Linear(hidden, 4 * hidden, bias=False)
+        self.stacked = {"inputs": 4, "recurrent": 4}  # matrices of each gate, for [model] init
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -(hidden**-0.5), hidden**-0.5)
 
     def forward(self, sequence: Tensor) -> Tensor:
         start = sequence.new_zeros(len(sequence), self.recurrent.in_features)
-        # DP-SGD takes each example's gradient by hooks on the linear layers, which must then be called step by step;
-        # without hooks torch's fused kernel gives the same two to three times as fast.
-        if self.recurrent._forward_hooks:
+        # DP-SGD takes each example's gradient by hooks on the linear layers, and LoRA puts others in their place: then
+        # they must be called step by step. Else torch's fused kernel gives the same two to three times as fast.
+        if any(type(m) is not nn.Linear or m._forward_hooks for m in (self.inputs, self.recurrent)):
             return self._stepwise(sequence, start)
         weight, bias = self.inputs.weight, self.inputs.bias
         weights = [weight, self.recurrent.weight, bias, torch.zeros_like(bias)]
@@ -143,20 +157,25 @@ class _PositionedEmbedding(nn.Module):
 class _Block(nn.Module):
     """Causal self-attention and a feed-forward network, each normalised before and added to its input."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
         self.attention_in = nn.Linear(width, 3 * width)
+        self.stacked = {"attention_in": 3}  # query, key and value
         self.attention_out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout) if dropout else None
 
     def forward(self, sequence: Tensor) -> Tensor:
-        sequence = sequence + self._attend(self.norm1(sequence))
+        sequence = sequence + self._drop(self._attend(self.norm1(sequence)))
         hidden: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(sequence))))
-        return sequence + hidden
+        return sequence + self._drop(hidden)
+
+    def _drop(self, added: Tensor) -> Tensor:
+        return added if self.dropout is None else self.dropout(added)
 
     def _attend(self, sequence: Tensor) -> Tensor:
         # (B, T, width) -> query, key, value of (B, heads, T, width / heads) each

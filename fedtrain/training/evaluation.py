@@ -10,12 +10,16 @@ from torch import nn
 from fedtrain.data.base import Examples
 from fedtrain.tasks.base import Task
 from fedtrain.training.layout import in_layout, memory_format
+from fedtrain.training.metrics.pooled import Counts
+from fedtrain.training.metrics.statistics import Batch
 
 __all__ = ["evaluate", "weighted_mean"]
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, task: Task, examples: Examples, batch_size: int) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, task: Task, examples: Examples, batch_size: int, counts: Counts | None = None
+) -> dict[str, float]:
     """Mean loss and metrics over examples.
 
     Args:
@@ -23,10 +27,13 @@ def evaluate(model: nn.Module, task: Task, examples: Examples, batch_size: int) 
         task: gives loss and metrics.
         examples: may be empty.
         batch_size: examples per forward pass; part of the result to the last bit.
+        counts: begins anew, and takes in all batches; None where only means are asked for.
 
     Returns:
         "loss" and each metric of the task; empty for no examples.
     """
+    if counts:
+        counts.clear()
     if not len(examples):
         return {}
     model.eval()
@@ -39,6 +46,8 @@ def evaluate(model: nn.Module, task: Task, examples: Examples, batch_size: int) 
         outputs = model(inputs)
         values = [task.loss(outputs, targets), *(metric(outputs, targets) for metric in metrics.values())]
         sums += torch.stack([value.double().sum() for value in values])
+        if counts:
+            counts.add(Batch(inputs, outputs, targets))
     means = (sums / len(examples)).tolist()
     return dict(zip(["loss", *metrics], means, strict=True))
 

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,3 +72,65 @@ def test_describe_knows_picture_formats(fedtrain: Callable, tiny: Path, tmp_path
     result = fedtrain("data", "describe", tiny, "--picture", tmp_path / "labels.bmp")
     assert result.code == 2
     assert "a name that ends in .png, .svg, .pdf" in result.err
+
+
+def quality_table(out: str) -> list[list[str]]:
+    lines = out.splitlines()
+    first = next(n for n, line in enumerate(lines) if line.split()[:1] == ["rows"])
+    return [line.split() for line in lines[first : lines.index("", first)]]
+
+
+@pytest.mark.parametrize("clients", [10, 100])
+def test_quality_fits_a_terminal(fedtrain: Callable, tiny: Path, monkeypatch: pytest.MonkeyPatch, clients: int) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = fedtrain(
+        "data",
+        "describe",
+        tiny,
+        "--quality",
+        "--set",
+        f"data.clients={clients}",
+        "--set",
+        "data.partition={kind='iid'}",
+    )
+    assert (result.code, result.err) == (0, "")
+    assert max(map(len, result.out.splitlines())) <= 80
+    head, *rows = quality_table(result.out)
+    # Pixels have no outliers; with a hundred clients none has the rows to tell wrong labels by.
+    assert head == ["rows", "missing", "copies", "shared", "largest", *(["noise"] if clients == 10 else [])]
+    assert len(rows) == 11  # ten clients, and all
+    assert rows[-1][:6] == ["all", "clients", "1,438", "0%", "0", "0"]
+    assert ("The 10 worst of 100 clients" in result.out) == (clients == 100)
+
+
+def test_quality_names_what_is_missing_and_who_is_worst(
+    fedtrain: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = ["site,age,job,y"]
+    lines += [
+        f"s{site:02},{site * 100 + row},{'cook' if row % 2 else 'clerk'},{row % 2}"
+        for site in range(30)
+        for row in range(4)
+    ]
+    lines[1 + 4 * 7] = "s07,,,0"
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    file = tmp_path / "table.toml"
+    file.write_text('[data]\npath="table.csv"\ntarget="y"\nclient_column="site"\npartition={kind="natural"}\n')
+    result = fedtrain("data", "describe", file, "--quality")
+    assert (result.code, result.err) == (0, "")
+    head, worst, *_ = quality_table(result.out)
+    assert head[:3] == ["rows", "missing", "copies"]
+    assert worst[:3] == ["s07", "4", "25%"]
+    assert "Missing by feature: age 0.8%, job 0.8%." in result.out
+
+
+def test_describe_as_json(fedtrain: Callable, tiny: Path) -> None:
+    result = fedtrain("data", "describe", tiny, "--quality", "--json")
+    first, *clients = [json.loads(line) for line in result.out.splitlines()]
+    assert (first["event"], first["num_examples"]) == ("data", 1438)
+    assert [client["event"] for client in clients] == ["quality"] * 6
+    assert sum(client["rows"] for client in clients) == 1438
+    assert (clients[0]["missing"], clients[0]["outliers"]) == (0, None)
+    alone = fedtrain("data", "describe", tiny, "--json")
+    assert json.loads(alone.out) == first

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,13 @@ def test_pld_stands_beside(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_faults_of_the_section_are_named(tiny: Path) -> None:
     with pytest.raises(ExperimentError, match="give either epsilon, the budget of the whole run, or noise_multiplier"):
         planned(tiny, "privacy={delta=1e-5}")
+
+
+def test_the_documented_plan_is_the_real_one(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[2]
+    (block,) = re.findall(
+        r"```console\n\$ fedtrain plan \S+\n(.*?)```", (root / "docs" / "systems.md").read_text(), re.DOTALL
+    )
+    file = root / "examples" / "devices.toml"
+    plan(load(file), file.parent, None, pld=False, as_json=False)
+    assert capsys.readouterr().out.startswith(block)

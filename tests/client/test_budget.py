@@ -9,7 +9,7 @@ from fedtrain.client.budget import Budget
 from fedtrain.data.base import FederatedData
 from fedtrain.errors import BudgetError, LedgerError, PolicyError
 from fedtrain.experiment.privacy import SamplePrivacy
-from fedtrain.experiment.sections import TrainingSection
+from fedtrain.experiment.training import TrainingSection
 from fedtrain.privacy import accounting
 from fedtrain.privacy.accounting import Spend, bound_within
 from fedtrain.privacy.book import Account, Book

@@ -219,3 +219,28 @@ def test_classes_are_numbered_as_given() -> None:
         _with_classes(dataset, ("yes", "unknown"))
     with pytest.raises(DataError, match="targets that are classes"):
         _with_classes(Dataset("d", DataSpec((1,), "number"), torch.zeros(3, 1), torch.zeros(3)), ("a",))
+
+
+def test_folds_are_disjoint_stratified_and_cover_all_rows() -> None:
+    parts = [digits(fold={"number": number, "of": 5}) for number in range(1, 6)]
+    for client_id in parts[0].client_ids():
+        tests = [data.client(client_id).test for data in parts]
+        whole = parts[0].client(client_id)
+        everything = torch.cat([whole.train.inputs, whole.test.inputs])
+        together = torch.cat([test.inputs for test in tests])
+        assert sorted(together.flatten(1).tolist()) == sorted(everything.flatten(1).tolist())
+        counts = torch.stack([torch.bincount(test.targets, minlength=10) for test in tests])
+        assert (counts.max(0).values - counts.min(0).values).max() <= 1
+        assert [len(data.client(client_id).train) for data in parts] == [len(everything) - len(test) for test in tests]
+    assert all(data.sizes().sum() + sum(len(data.client(i).test) for i in data.client_ids()) == 1797 for data in parts)
+
+
+def test_a_client_that_is_held_out_never_trains_and_is_all_test() -> None:
+    whole, data = digits(), digits(held_out=["client-3"], validation=0.2)
+    assert data.sizes()[data.held_out()].tolist() == [0]
+    assert len(data.client("client-3").test) == len(whole.client("client-3").train)
+    assert not len(data.client("client-4").test)
+    with pytest.raises(DataError, match="no such client"):
+        digits(held_out=["client-77"])
+    with pytest.raises(DataError, match="leaves no client"):
+        digits(held_out=list(whole.client_ids()))

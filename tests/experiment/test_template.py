@@ -49,9 +49,12 @@ def test_a_commented_default_changes_nothing_when_activated(tmp_path):
             assert identity(load(tmp_path / "activated.toml")) == identity(experiment), entry
     # An example is shown of these; candidates and deadline need other keys besides.
     assert unset == [
-        *("path", "target", "client_column"),
+        *("path", "target", "client_column", "fold"),
+        *("gains", "start", "lora"),
         *("candidates", "tags", "deadline", "duration"),
-        *("local_steps", "policy", "ledgers", "data_root"),
+        *("local_steps", "micro_batch_size", "loss", "clip_norm", "clip_value"),
+        *("curriculum", "early_stopping", "average"),
+        *("max_bytes", "group", "attack", "policy", "ledgers", "data_root"),
     ]
 
 

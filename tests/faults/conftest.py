@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,6 +23,11 @@ from fedtrain.link.identity import adopt, pending_request
 FORKER = Path(__file__).with_name("deployment.py")
 CLIENTS = ("client-0", "client-1", "client-2")
 PATIENCE = 60.0  # seconds until what is waited for counts as a failure
+NO_MOUNT = 77  # exit code of deployment.py where it cannot make a disk read-only
+SEGMENT, RETRANSMISSION = (
+    1460,
+    0.2,
+)  # bytes of a TCP segment on a real line; Linux's least seconds until it is sent again
 
 EXPERIMENT = """
 seed = 3
@@ -89,6 +95,8 @@ class Process:
         """Wait for its end, and give all that it said."""
         with self._told():
             until(lambda: self.code() is not None, f"the end of {self.stem.name}")
+            if self.code() == NO_MOUNT:
+                pytest.skip("this machine lets nobody mount a disk")
             assert self.code() == code
         return self.said()
 
@@ -134,12 +142,15 @@ class Forker:
             self.close()
             raise AssertionError(f"{FORKER.name} has ended")
 
-    def start(self, name: str, *arguments: object, file_size: int = 0, **points: str) -> Process:
-        """Start a fedtrain command; a point is POINT_NUMBER="die", "hold" or "full"."""
+    def start(
+        self, name: str, *arguments: object, file_size: int = 0, read_only: Path | None = None, **points: str
+    ) -> Process:
+        """Start a fedtrain command; a point is POINT_NUMBER="die", "hold", "full" or "read-only"."""
         self._count += 1
         name = f"{self._count}-{name}"
         plan = {" ".join(point.split("_")): action for point, action in points.items()}
         wanted = {"name": name, "arguments": list(map(str, arguments)), "points": plan, "file_size": file_size}
+        wanted["read_only"] = str(read_only or "")
         assert self._process.stdin
         self._process.stdin.write(json.dumps(wanted) + "\n")
         self._process.stdin.flush()
@@ -256,8 +267,10 @@ class Proxy:
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.cut_after: dict[str, int] = {}  # "up" or "down" -> bytes, once
         self.rate = 0  # bytes a second in each direction; 0 is no limit
+        self.loss = 0.0  # share of segments that are lost: TCP sends them again after a while, and in order
         self.passed = {"up": 0, "down": 0}
-        self.connections = 0
+        self.connections = self.losses = 0
+        self._chance = random.Random(1)
         self._sockets: list[socket.socket] = []
         self._deaf: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
@@ -302,6 +315,8 @@ class Proxy:
                 if passed > self.cut_after.get(way, 1 << 60):
                     del self.cut_after[way]
                     break
+                if self.loss:
+                    time.sleep(RETRANSMISSION * self._lost(len(data)))
                 target.sendall(data)
                 self.passed[way] += len(data)
                 if self.rate:
@@ -309,6 +324,11 @@ class Proxy:
         for one in (source, target) if source not in self._deaf else ():
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+
+    def _lost(self, size: int) -> int:
+        lost = sum(self._chance.random() < self.loss for _ in range(-(-size // SEGMENT)))
+        self.losses += lost
+        return lost
 
 
 @pytest.fixture(scope="session")

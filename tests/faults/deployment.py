@@ -7,6 +7,7 @@ for the points at which it is held (NAME.POINT.go lets it go on), and at its end
 
 # ruff: noqa: E402 - the heartbeat is set before other modules take it as a default
 import ctypes
+import errno
 import itertools
 import json
 import os
@@ -38,7 +39,10 @@ from fedtrain.link.transfers import Transfers
 from fedtrain.rundir import RunFolder
 from fedtrain.server.rounds import Server
 
+_NO_MOUNT = 77  # exit code
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_NEW_NAMESPACE, _PRIVATE = 0x20000, 0x44000  # CLONE_NEWNS; MS_REC | MS_PRIVATE
+_READ_ONLY, _REMOUNT, _BIND = 1, 32, 4096
 
 
 class Points:
@@ -60,7 +64,9 @@ class Points:
                 while not self._stem.with_suffix(f".{point}.go").exists():
                     time.sleep(0.01)
             case "full":
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            case "read-only":
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     def before(self, owner: Any, method: str, name: str) -> None:
         real: Callable[..., Any] = getattr(owner, method)
@@ -132,10 +138,27 @@ def run(stem: Path, wanted: dict[str, Any]) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if limit := wanted["file_size"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if folder := wanted["read_only"]:
+        mount_read_only(folder)
     Points(stem, wanted["points"]).install()
     os.chdir(stem.parent)
     sys.argv = ["fedtrain", *wanted["arguments"]]
     main()
+
+
+def mount_read_only(folder: str) -> None:
+    """Make a folder read-only for this process, root or not."""
+    libc, place = ctypes.CDLL(None, use_errno=True), folder.encode()
+    steps: list[Callable[[], int]] = [
+        lambda: libc.unshare(_NEW_NAMESPACE),
+        lambda: libc.mount(b"none", b"/", None, _PRIVATE, None),
+        lambda: libc.mount(place, place, None, _BIND, None),
+        lambda: libc.mount(b"none", place, None, _BIND | _REMOUNT | _READ_ONLY, None),
+    ]
+    for step in steps:
+        if step():
+            print(f"no mount: {os.strerror(ctypes.get_errno())}")
+            raise SystemExit(_NO_MOUNT)
 
 
 def keep(stem: Path, wanted: dict[str, Any]) -> None:

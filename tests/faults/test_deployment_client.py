@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 LARGE = ("task.name=mlp", "task.options.hidden=[4096]")  # an update takes more than one chunk
+COMPRESSED = ('compression={up=["topk:0.1", "int8", "zstd"], down=["fp16"]}',)
 
 
 def kept(deployment: Any, name: str, round_number: int) -> list[tuple[int, int]]:
@@ -21,19 +22,20 @@ def everybody_counted_once(deployment: Any) -> None:
         assert not record["quarantined"]
 
 
-@pytest.mark.parametrize("point", ["step_5", "keep_2"])  # in the second of three steps of round 2; after the last
-def test_killed_before_its_update_was_finished(deployment: Any, point: str) -> None:
-    server, _ = deployment.server(), deployment.clients("client-1")
+# In the second of three steps of round 2; after the last, and after it has saved what compression has lost.
+@pytest.mark.parametrize(("point", "overrides"), [("step_5", ()), ("keep_2", ()), ("keep_2", COMPRESSED)])
+def test_killed_before_its_update_was_finished(deployment: Any, point: str, overrides: Any) -> None:
+    server, _ = deployment.server(*overrides), deployment.clients("client-1")
     deployment.client("client-1", **{point: "die"}).ends(-signal.SIGKILL)
     assert not kept(deployment, "client-1", 2)
     again = deployment.client("client-1")
-    deployment.ends_well(server)
+    deployment.ends_well(server, *overrides)
     again.ends(0)
     assert [point for point in again.points() if "asked" in point] == ["asked 1", "asked 2"]
     everybody_counted_once(deployment)
 
 
-@pytest.mark.parametrize(("point", "overrides"), [("kept_2", ()), ("part_2_3", LARGE)])  # before; in mid-upload
+@pytest.mark.parametrize(("point", "overrides"), [("kept_2", ()), ("kept_2", COMPRESSED), ("part_2_3", LARGE)])
 def test_a_finished_update_is_sent_and_not_trained_again(deployment: Any, point: str, overrides: Any) -> None:
     server, _ = deployment.server(*overrides), deployment.clients("client-1")
     deployment.client("client-1", **{point: "die"}).ends(-signal.SIGKILL)

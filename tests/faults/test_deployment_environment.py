@@ -1,10 +1,12 @@
 """Signals and full disks on both sides of a deployment."""
 
 import signal
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
+from fedtrain.link.authority import Authority
 from fedtrain.rundir import RunFolder
 
 LARGE = ("task.name=mlp", "task.options.hidden=[4096]")  # an update of 1.2 MB
@@ -65,6 +67,44 @@ def test_a_server_whose_disk_is_full(deployment: Any) -> None:
     assert "File too large" in said
     assert "Traceback" not in said
     deployment.ends_well(deployment.server(*LARGE), *LARGE)
+
+
+@pytest.mark.parametrize("ahead", [timedelta(minutes=10), timedelta(minutes=-10)])
+def test_sites_whose_clocks_are_ten_minutes_off_that_of_the_authority(deployment: Any, ahead: timedelta) -> None:
+    deployment.authority = Authority(deployment.authority.folder, lambda: datetime.now(UTC) + ahead)
+    server = deployment.server()  # asks for its certificate by its own clock
+    clients = deployment.clients()
+    deployment.ends_well(server)
+    for client in clients:
+        client.ends(0)
+
+
+def cannot_write(said: str) -> bool:
+    return "Read-only file system" in said and "Traceback" not in said
+
+
+def test_a_server_whose_disk_is_read_only(deployment: Any) -> None:
+    deployment.clients()
+    (deployment.folder / "run").mkdir()
+    assert cannot_write(deployment.server(read_only=deployment.folder / "run").ends(2))
+    deployment.ends_well(deployment.server())
+
+
+def test_a_client_whose_disk_is_read_only_takes_part_and_says_what_it_cannot_keep(deployment: Any) -> None:
+    server, _ = deployment.server(), deployment.clients("client-1")
+    home = deployment.folder / "homes" / "client-1"
+    home.mkdir(parents=True)
+    client = deployment.client("client-1", read_only=home)
+    deployment.ends_well(server)
+    said = client.ends(0)
+    assert cannot_write(said)
+    assert "round 1: an update cannot be kept" in said
+
+
+def test_a_server_whose_disk_becomes_read_only(deployment: Any) -> None:
+    deployment.clients(flags=())
+    assert cannot_write(deployment.server(checkpoint_3="read-only").ends(1))
+    deployment.ends_well(deployment.server())
 
 
 def test_stopped_after_its_round_it_goes_on_by_the_same_command(deployment: Any) -> None:

@@ -67,6 +67,41 @@ def test_a_slow_line_does_not_try_the_patience_of_the_server(deployment: Any, pr
     everybody_counted_once(deployment)
 
 
+def test_a_model_over_a_line_of_ten_kilobytes_a_second(deployment: Any, proxy: Any) -> None:
+    proxy.rate = 10_000  # 48 kB of parameters take 5 s in each direction
+    overrides = ("task.name=mlp", "task.options.hidden=[160]", "rounds=1")
+    server = deployment.server(*overrides)
+    deployment.clients("client-1")
+    client = deployment.client("client-1", proxy.address)
+    deployment.ends_well(server, *overrides)
+    client.ends(0)
+    assert proxy.connections == 1
+    everybody_counted_once(deployment)
+
+
+def test_a_line_that_loses_a_hundredth_of_what_it_carries(deployment: Any, proxy: Any) -> None:
+    proxy.loss = 0.01
+    server = deployment.server(*LARGE, flags=("--patience", 4))
+    deployment.clients("client-1")
+    client = deployment.client("client-1", proxy.address)
+    deployment.ends_well(server, *LARGE)
+    client.ends(0)
+    assert proxy.losses > 20  # of 5,000 segments
+    assert proxy.connections == 1
+    everybody_counted_once(deployment)
+
+
+def test_bytes_in_the_records_are_those_on_the_line(deployment: Any, proxy: Any) -> None:
+    server = deployment.server(*LARGE)
+    deployment.clients("client-1")
+    client = deployment.client("client-1", proxy.address)
+    deployment.ends_well(server, *LARGE)
+    client.ends(0)
+    counted = [record["client_bytes"]["client-1"] for record in deployment.rounds()]
+    for way, total in zip(("up", "down"), map(sum, zip(*counted))):
+        assert 1.0 < proxy.passed[way] / total < 1.03  # TLS, HTTP/2, handshakes and signs of life
+
+
 def test_a_server_that_is_not_there_yet(deployment: Any) -> None:
     clients = deployment.clients()
     for client in clients:

@@ -26,6 +26,7 @@ def fleet(deployment: Any) -> tuple[Any, list[Any]]:
         ("checkpoint_2", ()),
         ("model_1", ()),
         ("took_8", ("run.checkpoint_seconds=1000",)),  # all rounds begin anew
+        ("took_8", ("run.checkpoint_seconds=1000", 'compression={up=["stc:0.1", "zstd"], down=["int8:64"]}')),
     ],
 )
 def test_killed_and_started_again(fleet: Any, point: str, overrides: tuple[str, ...]) -> None:

@@ -66,6 +66,18 @@ def alive(pid: int) -> bool:
         return False
 
 
+def test_what_compression_has_lost_is_taken_up_again(tiny: Path, tmp_path: Path, simulated: Callable) -> None:
+    with tiny.open("a") as file:
+        file.write('[compression]\nup = ["powersgd:2", "int4"]\ndown = ["int8"]\ndown_of = "change"\n')
+        file.write("[evaluation]\nclients_every = 1\n")  # which encodes the model too
+    kill_at("mid-round", tiny, tmp_path / "killed")
+    resumed, _ = simulated(tiny, "killed")
+    whole, _ = simulated(tiny, "whole")
+    assert digest(resumed) == digest(whole)
+    one, _ = simulated(tiny, "without", "compression.error_feedback=false")
+    assert digest(one) != digest(whole)
+
+
 @pytest.mark.parametrize("point", ["before-round-1", "mid-round", "checkpoint", "after-last-round"])
 def test_killed_and_resumed_is_byte_equal(point: str, tiny: Path, tmp_path: Path, simulated: Callable) -> None:
     kill_at(point, tiny, tmp_path / "killed")

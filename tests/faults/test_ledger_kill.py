@@ -189,7 +189,10 @@ def test_killed_at_any_moment_every_reservation_that_returned_is_there(client: C
         first = said(process)
         time.sleep(milliseconds / 1000)
         process.kill()
-        for line in [first, *finished(process, -signal.SIGKILL).splitlines()]:
+        assert process.stdout is not None
+        rest = process.stdout.read().splitlines()  # communicate() would pass over what came along with the first line
+        finished(process, -signal.SIGKILL)
+        for line in [first, *rest]:
             kind, _, reservation = line.partition(" ")
             if len(reservation) == 64:  # the last line may be cut short
                 returned[reservation] = kind == "c"

@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
-from fedtrain.errors import ConnectionLostError, InputError
+from fedtrain.errors import ConnectionLostError, InputError, LinkError
 from fedtrain.link import channel
 from fedtrain.link.channel import Link, Partial, Task, connect
 from fedtrain.link.control import Hello
@@ -262,3 +262,17 @@ def test_an_open_link_does_not_keep_a_process_alive(net: Any) -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
     net.doorman.wait_for(("ready", "a"), ("left", "a"))
+
+
+def test_a_server_that_asks_without_end_is_left(net: Any) -> None:
+    net.serve()
+    over = threading.Event()
+    site = net.join("a", lambda task, _: over.wait(30))
+    net.doorman.wait_for(("ready", "a"))
+    grid = net.grid("a", deadline=1.0)
+    many = [grid.create_message(RecordDict(), "train", 1, "1") for _ in range(150)]
+    assert list(grid.send_and_receive(many)) == []
+    over.set()
+    site.join()
+    assert isinstance(site.error, LinkError)
+    assert "asks for more than it waits for" in str(site.error)

@@ -37,3 +37,11 @@ def test_what_is_pushed_can_be_pulled_once(net: Any) -> None:
     first, second = grid.push_messages(messages(grid))
     assert [m.metadata.src_node_id for m in grid.pull_messages([second, "unknown"])] == [2]
     assert [m.metadata.src_node_id for m in grid.pull_messages([first, second])] == [1]
+
+
+def test_750_megabytes_pass_in_both_directions_over_tls(net: Any, certificates: Any) -> None:
+    net.serve(credentials=certificates.server)
+    net.join("a", lambda task, _: task.submit(pack(task.fetch(1 << 30))), credentials=certificates.client("a"))
+    size = 750_000_000 // 4
+    (reply,) = net.ask("a", size=size, limit=1 << 30)
+    assert torch.equal(flower.tensors(reply.content["arrays"])["w"], torch.arange(float(size)))

@@ -5,7 +5,7 @@ import pytest
 
 from fedtrain.errors import InputError, PrivacyError
 from fedtrain.experiment.privacy import ClientPrivacy, SamplePrivacy
-from fedtrain.experiment.sections import TrainingSection
+from fedtrain.experiment.training import TrainingSection
 from fedtrain.privacy.accounting import Spend, epsilon, noise_multiplier_for
 from fedtrain.privacy.plan import ClientPlan, SamplePlan, client_plan, sample_plan
 

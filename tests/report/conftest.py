@@ -149,6 +149,50 @@ def _private_run(promise: dict[str, Any] | None = None, rounds: int = 40, **chan
     return _run(**{"records": records, "privacy": _promise(**promise or {})} | changes)
 
 
+def _whole_run(rounds: int = 12) -> RunView:
+    """A run with a clock, bytes by client, drift, and an evaluation on the clients' examples every third round.
+
+    The more a client's labels differ, by its place in the list, the further its updates point away; client-19 is
+    always late, client-18 is quarantined once.
+    """
+    data = _data()
+    names, counts = data.shown_clients, [[60 - 2 * i, 2 * i + i % 3] for i in range(20)]
+    data = data.model_copy(
+        update={"label_names": ["0", "1"], "label_counts": counts, "num_examples": sum(map(sum, counts))}
+    )
+    data = data.model_copy(update={"shown_sizes": [sum(row) for row in counts]})
+    records = [RoundRecord(round_number=0, central={"accuracy": 0.1, "loss": 2.3})]
+    for n in range(1, rounds + 1):
+        used = names[:9] if n % 2 else names[9:18]
+        accuracy = 0.95 - 0.8 / n
+        own = {name: {"accuracy": accuracy - 0.02 * (i % 5), "num_examples": 10.0} for i, name in enumerate(names)}
+        records.append(
+            RoundRecord(
+                round_number=n,
+                participants=used,
+                late=names[19:],
+                quarantined={names[18]: "norm"} if n == 2 else {},
+                central={"accuracy": accuracy, "loss": 1 / n},
+                clients={"accuracy": accuracy} if n % 3 == 0 else {},
+                per_client=own if n % 3 == 0 else {},
+                client_bytes=dict.fromkeys(used, (100, 1000)) | {names[19]: (0, 1000)},
+                bytes_up=900,
+                bytes_down=10_000,
+                drift={name: (0.9 - 0.04 * names.index(name), 1 + 0.1 * names.index(name)) for name in used},
+                diversity=0.25,
+                virtual_seconds=10.0 + n,
+                client_seconds=100.0,
+                wasted_seconds=20.0,
+            )
+        )
+    return _run(records=records, data=data)
+
+
+@pytest.fixture(scope="session")
+def whole_run() -> RunView:
+    return _whole_run()
+
+
 @pytest.fixture(scope="session")
 def make_experiment() -> Callable[..., Experiment]:
     return _experiment

@@ -72,7 +72,7 @@ def test_the_page_tells_the_run(html):
         "digits-noniid",
         "Strongly skewed labels: a client holds 3.1 of 10 labels on average",
         "Central accuracy: 88.6% after round 40; best 89.9% after round 38.",
-        "Target accuracy 85.0%: reached in round 26.",
+        "Target accuracy 85.0%: reached in round 26, after 57.5 MB up and 57.4 MB down.",
         'partition = { kind = "dirichlet", alpha = 0.3 }',
         "versions: torch",
         "5f" * 32,
@@ -91,7 +91,8 @@ def test_the_page_asks_for_nothing_outside_itself(html):
 
 def test_every_chart_has_its_numbers_behind_it(html, make_run):
     run, tables = make_run(), Page(html).tables
-    assert set(tables) == {f"digits-noniid-{name}.csv" for name in ("convergence", "labels", "clients")}
+    shown = ("convergence", "labels", "clients", "labels-result", "bytes", "bytes-total", "participation")
+    assert set(tables) == {f"digits-noniid-{name}.csv" for name in shown}
     header, *rounds = tables["digits-noniid-convergence.csv"]
     last = dict(zip(header, rounds[-1]))
     assert len(rounds) == 41
@@ -105,6 +106,66 @@ def test_every_chart_has_its_numbers_behind_it(html, make_run):
     assert header == ["client", "accuracy", "loss", "num_examples"]
     assert len(clients) == 20
     assert clients == sorted(clients, key=lambda row: float(row[1]))
+
+
+SECTIONS = {
+    "The clients from round to round": ("fairness", "fairness-clients"),
+    "Clients whose labels differ": ("labels-result", "labels-cosine", "labels-norm"),
+    "How the updates differ": ("drift-cosine", "drift-norm", "diversity"),
+    "Communication": ("bytes", "bytes-total", "bytes-clients"),
+    "Predicted time, on the virtual clock": ("timeline",),
+    "Whose updates were used": ("participation",),
+}
+
+
+@pytest.fixture(scope="module")
+def everything(whole_run, tmp_path_factory):
+    """The report of a run with every section, whose clients have names made to break the page."""
+    evil = {name: f"<script>{name}</script>\"'&$\\x$\x1b" for name in whole_run.data.shown_clients}
+    evil["client-19"] = "=cmd()"
+
+    def rename(record):
+        lists = {field: [evil[name] for name in getattr(record, field)] for field in ("participants", "late")}
+        tables = {
+            field: {evil[name]: value for name, value in getattr(record, field).items()}
+            for field in ("client_bytes", "drift", "per_client", "quarantined")
+        }
+        return record.model_copy(update=lists | tables)
+
+    data = whole_run.data.model_copy(update={"shown_clients": list(evil.values())})
+    path = tmp_path_factory.mktemp("everything") / "report.html"
+    write_report(replace(whole_run, records=list(map(rename, whole_run.records)), data=data), path)
+    return path.read_text(encoding="utf-8")
+
+
+def test_a_run_with_everything_has_every_section_and_its_numbers(everything):
+    page = Page(everything)
+    files = ("convergence", "labels", "clients", *(file for files in SECTIONS.values() for file in files))
+    assert set(page.tables) == {f"digits-noniid-{file}.csv" for file in files}
+    for header, *rows in page.tables.values():
+        assert rows
+        assert {len(row) for row in rows} == {len(header)}
+    for figure in re.findall("<figure.*?</figure>", everything, flags=re.DOTALL)[1:]:  # the first has its link below
+        assert (figure.count("<svg"), figure.count("download=")) == (1, 1)
+    assert all(f"<h2>{title}</h2>" in everything for title in SECTIONS)
+    assert {"Median cosine", "wasted by clients"} <= set(page.headers)
+    assert "0.74900 B10.0 kB" in page.words  # the cells of round 1
+    ids = re.findall(r' id="([^"]+)"', everything)
+    assert len(ids) == len(set(ids))
+
+
+def test_sections_with_nothing_to_show_are_absent(page_of, make_run, tmp_path):
+    page_of(make_run(records=[RoundRecord(round_number=1, central={"loss": 1.0})], data=None))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not [title for title in SECTIONS if title in text]
+
+
+def test_hostile_names_are_text_in_every_section(everything):
+    page = Page(everything)
+    assert not page.tags & {"script", "b"}
+    assert "<script>client" in page.words
+    assert "\x1b" not in everything
+    assert page.tables["digits-noniid-bytes-clients.csv"][1][0] == "'=cmd()"
 
 
 def test_a_run_with_late_set_aside_and_personal_tells_each(page_of, make_run, make_records):

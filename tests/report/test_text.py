@@ -1,11 +1,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from fedtrain.records import RoundRecord
-from fedtrain.report.text import show_bytes, show_epsilon, show_metric, show_seconds, summary_lines
+from fedtrain.report.drift import Correlation
+from fedtrain.report.text import (
+    link_sentence,
+    show_bytes,
+    show_difference,
+    show_epsilon,
+    show_metric,
+    show_seconds,
+    summary,
+    summary_lines,
+)
 
 
 def test_a_complete_run_reads_like_this(make_run):
@@ -13,10 +24,84 @@ def test_a_complete_run_reads_like_this(make_run):
         "Trained mlp (55,210 parameters) on digits, spread over 20 clients: 40 rounds of fedavg, 10 clients a round.",
         "Strongly skewed labels: a client holds 3.1 of 10 labels on average, and 34 to 191 examples.",
         "Central accuracy: 88.6% after round 40; best 89.9% after round 38.",
+        "Target accuracy 85.0%: reached in round 26, after 57.5 MB up and 57.4 MB down.",
         "On the clients' own held-out examples: accuracy 86.6% on average of 20 clients, 66.6% for the worst tenth.",
         "177 MB moved (88.4 MB up, 88.4 MB down) in 18.9 seconds.",
-        "Target accuracy 85.0%: reached in round 26.",
+        "A client's update was used in 0 to 40 rounds (Gini coefficient 0.50); 10 of 20 clients were never used.",
     ]
+
+
+def test_a_run_with_everything_says_one_sentence_on_each(whole_run, make_experiment):
+    compression = {"up": ["topk:0.1", "int8"], "down": ["fp16"]}
+    experiment = make_experiment(compression=compression | {"up_of": "delta"})
+    first, clients, cost, trouble = summary(replace(whole_run, experiment=experiment))
+    assert first[-1] == "Target accuracy 85.0%: reached in round 8, after 7.2 kB up and 80.0 kB down."
+    assert clients[1:] == [
+        "Drift: the cosine of a client's update and the mean of its round is 0.56, "
+        "and its norm 1.85 times that of the mean (medians).",
+    ]
+    assert cost == [
+        "131 kB moved (10.8 kB up, 120 kB down) in 0.0 seconds.",
+        "Messages were compressed up by topk:0.1, int8 and down by fp16.",
+        "A client moved 6.9 kB on average, and 12.0 kB at most.",
+        "The run took 3.3 minutes on the virtual clock.",
+        "Half of the rounds took up to 16.5 seconds, 95% up to 21.4 seconds; 20.0% of the clients' work was wasted.",
+    ]
+    assert trouble == [
+        "Late and not waited for: 12 of 121 updates asked for (9.9%).",
+        "A client's update was used in 0 to 6 rounds (Gini coefficient 0.10); 2 of 20 clients were never used.",
+        "Quarantined 1 update of 1 client: client-18.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "last", "worse"),
+    [("accuracy", 0.65, "15.0 points"), ("accuracy", 0.8, None), ("mae", 9.5, "8.7"), ("mae", 0.7, None)],
+)
+def test_forgetting_is_told_where_clients_got_worse(make_run, metric, last, worse):
+    records = [
+        RoundRecord(round_number=n, clients={metric: value}, per_client={"a": {metric: value}})
+        for n, value in enumerate([0.8, last])
+    ]
+    told = [line for line in summary_lines(make_run(records=records)) if "best before" in line]
+    line = f"At the last evaluation a client was {worse} worse than at its own best before, on average."
+    assert told == ([line] if worse else [])
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        (Correlation(-0.67, 20), "The more a client's labels differ from everybody's, the lower its accuracy "),
+        (Correlation(0.67, 20), "The more a client's labels differ from everybody's, the higher its accuracy "),
+        (Correlation(0.2, 20), "How far a client's labels are from everybody's says little about its accuracy "),
+    ],
+)
+def test_a_link_is_told_in_words(found, sentence):
+    assert link_sentence(found, "accuracy") == f"{sentence}(rank correlation {found.rank:.2f} over 20 clients)."
+
+
+def test_a_clear_link_of_labels_and_results_is_in_the_summary(make_run, make_data):
+    data = make_data().model_copy(
+        update={"label_names": ["x", "y"], "label_counts": [[20 + i, 20 - i] for i in range(20)]}
+    )
+    own = {name: {"accuracy": 0.9 - abs(i - 9.5) / 100} for i, name in enumerate(data.shown_clients)}
+    record = RoundRecord(round_number=1, clients={"accuracy": 0.5}, per_client=own)
+    assert [
+        line for line in summary_lines(make_run(records=[record], data=data)) if line.startswith("The more a client")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("used", "line"),
+    [
+        ([*"ab"] * 3 + ["a"], None),
+        ([*"ab"] * 3 + ["a"] * 9, "A client's update was used in 3 to 12 rounds (Gini coefficient 0.30)."),
+    ],
+)
+def test_participation_is_told_where_it_is_uneven(make_run, used, line):
+    records = [RoundRecord(round_number=n, participants=[client]) for n, client in enumerate(used)]
+    told = [told for told in summary_lines(make_run(records=records, data=None)) if "Gini" in told]
+    assert told == ([line] if line else [])
 
 
 @pytest.mark.parametrize(
@@ -33,7 +118,7 @@ def test_an_unfinished_run_says_so_first(make_run, make_manifest, make_records, 
 
 
 def test_a_goal_that_was_missed_is_told(make_run, make_records):
-    assert summary_lines(make_run(records=make_records(3)))[-1] == "Target accuracy 85.0%: not reached."
+    assert "Target accuracy 85.0%: not reached." in summary_lines(make_run(records=make_records(3)))
 
 
 def test_quarantined_clients_are_named_most_often_first(make_run):
@@ -91,7 +176,7 @@ def private(epsilon, **promise):
     ],
 )
 def test_privacy_is_one_line(make_private_run, run, line):
-    assert summary_lines(make_private_run(**run))[1] == line
+    assert summary_lines(make_private_run(**run))[2] == line
 
 
 def test_a_plain_run_has_no_line_of_privacy(make_run):
@@ -176,6 +261,10 @@ def test_names_reach_the_terminal_without_control_characters(hostile_run):
 )
 def test_metrics(metric, value, text):
     assert show_metric(metric, value) == text
+
+
+def test_differences():
+    assert (show_difference("accuracy", 0.0213), show_difference("mae", 0.0213)) == ("2.1 points", "0.0213")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
+from fedtrain.experiment.evaluation import higher_is_better
 from fedtrain.records import PERSONAL, RoundRecord
-from fedtrain.report.view import Facts, Spread, client_scores, guarantee, higher_is_better, measured
+from fedtrain.report.view import Facts, Spread, client_scores, guarantee, measured
 
 
 def rounds(metric, *values):
@@ -148,9 +149,11 @@ def test_the_main_metric_is_the_goal_then_accuracy_then_the_first(make_run, make
 @pytest.mark.parametrize(("metric", "order"), [("accuracy", ["c", "a", "b"]), ("mae", ["c", "b", "a"])])
 def test_clients_come_worst_first_and_a_missing_value_is_worst(make_run, metric, order):
     values = {"a": {metric: 0.1}, "b": {metric: 0.2}, "c": {"loss": 1.0}}
-    records = [RoundRecord(round_number=1, per_client=values), RoundRecord(round_number=2)]
+    earlier = RoundRecord(round_number=0, per_client={"z": {metric: 0.5}})
+    records = [earlier, RoundRecord(round_number=1, per_client=values), RoundRecord(round_number=2)]
     assert [score.client for score in client_scores(make_run(records=records), metric)] == order
 
 
-def test_only_accuracy_and_r2_grow():
-    assert [name for name in ("accuracy", "r2", "loss", "mae", "f1") if higher_is_better(name)] == ["accuracy", "r2"]
+def test_accuracy_r2_and_the_like_grow():
+    named = ("accuracy", "r2", "loss", "mae", "f1")
+    assert [name for name in named if higher_is_better(name)] == ["accuracy", "r2", "f1"]

@@ -12,6 +12,7 @@ from flwr.app import Error, Message
 
 from fedtrain import flower, wire
 from fedtrain.cli.progress import RunObserver
+from fedtrain.compression.exchange import Exchange
 from fedtrain.experiment.clients import ClientsSection
 from fedtrain.experiment.sections import Experiment
 from fedtrain.experiment.strategies import FedBuffStrategy
@@ -19,6 +20,8 @@ from fedtrain.records import RoundRecord
 from fedtrain.rundir import Checkpoint, RunFolder
 from fedtrain.server.cohort import Cohort
 from fedtrain.server.live import Live, LiveBuffer
+from fedtrain.server.mail import Mail
+from fedtrain.server.prices import Prices
 from fedtrain.server.rounds import Server
 from fedtrain.server.selection import Crowd
 from fedtrain.simulations.grid import SimulationGrid
@@ -130,7 +133,9 @@ def run(path: Path, hall: Hall, strategy: FederatedStrategy, rounds: int, **clie
     runner = AlgorithmRunner(strategy.algorithm, start)
     cohort = Cohort(experiment, np.ones(4, dtype=np.int64), strategy.asynchrony, live=True)
     grid = SimulationGrid(hall, 4)
-    server = Server(experiment, runner, cohort, grid, folder, lambda node: f"c{node}", lambda _: {}, RunObserver())
+    prices = Prices(experiment, Exchange(experiment.compression, start, (), 0), {}, {}, ["loss"])
+    mail = Mail(prices, runner, cohort, folder, lambda node: f"c{node}")
+    server = Server(experiment, runner, cohort, grid, folder, lambda _: {}, RunObserver(), mail)
     server.run(Checkpoint(0, start, runner.state))
     return folder.read_rounds()[1:]
 

@@ -147,7 +147,7 @@ def test_a_fault_in_central_evaluation_is_one_error_and_the_run_resumes(tiny: Pa
         return evaluate(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedtrain.simulations.run.evaluate", failing)
+        patch.setattr("fedtrain.server.measuring.evaluate", failing)
         with pytest.raises(
             RunError, match=r"evaluating on the central test set failed at .*: ValueError: no such tumour"
         ):

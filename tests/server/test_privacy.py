@@ -7,7 +7,8 @@ import pytest
 
 from fedtrain.errors import BudgetError, RunFolderError
 from fedtrain.experiment.privacy import ClientPrivacy, SamplePrivacy
-from fedtrain.experiment.sections import Experiment, TrainingSection
+from fedtrain.experiment.sections import Experiment
+from fedtrain.experiment.training import TrainingSection
 from fedtrain.privacy.accounting import Spend, bound_within, epsilon
 from fedtrain.privacy.book import Account
 from fedtrain.privacy.ledger import Ledger

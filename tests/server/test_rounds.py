@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtrain import flower, wire
 from fedtrain.client.app import CLIENT_ID
+from fedtrain.compression.exchange import Exchange
 from fedtrain.errors import InterruptedRunError, RunError
 from fedtrain.experiment.sections import Experiment
 from fedtrain.experiment.strategies import FedBuffStrategy
@@ -19,6 +20,8 @@ from fedtrain.params import Params
 from fedtrain.records import RoundRecord
 from fedtrain.rundir import Checkpoint, RunFolder
 from fedtrain.server.cohort import Cohort
+from fedtrain.server.mail import Mail
+from fedtrain.server.prices import Prices
 from fedtrain.server.rounds import Server
 from fedtrain.simulations.grid import InProcess, SimulationGrid
 from fedtrain.strategies.adapter import AlgorithmRunner
@@ -64,6 +67,7 @@ class Trial:
     strategy: FederatedStrategy = field(default_factory=fedavg)
     central: Callable[[Params], dict[str, float]] = lambda params: {"loss": float(params["w"])}
     told: Told = field(default_factory=Told)
+    encoded: Callable[[Params], Params] = lambda delta: delta
 
     def __post_init__(self) -> None:
         self.folder = RunFolder(self.path)
@@ -78,7 +82,10 @@ class Trial:
         cohort = Cohort(experiment, np.arange(1, len(self.deltas) + 1), self.strategy.asynchrony)
         grid = SimulationGrid(InProcess(self._app(), NAMES), len(self.deltas))
         names = lambda node_id: NAMES[node_id - 1]  # noqa: E731
-        server = Server(experiment, runner, cohort, grid, self.folder, names, self.central, self.told)
+        exchange = Exchange(experiment.compression, START, (), 0)
+        prices = Prices(experiment, exchange, runner.share(), runner.extra(START), ["accuracy"])
+        mail = Mail(prices, runner, cohort, self.folder, names)
+        server = Server(experiment, runner, cohort, grid, self.folder, self.central, self.told, mail)
         start = self.folder.latest_checkpoint(self.told.notice) or Checkpoint(0, START, runner.state)
         return {name: t.tolist() for name, t in server.run(start).items()}
 
@@ -103,7 +110,7 @@ class Trial:
             update = wire.Update(
                 name,
                 wire.instruction(message).round_number,
-                {"w": torch.tensor([delta])},
+                self.encoded({"w": torch.tensor([delta])}),
                 examples(name),
                 {"loss": 1.0},
             )
@@ -338,3 +345,44 @@ def test_checkpoints_come_when_they_are_due(trial: Callable[..., Trial]) -> None
         path.unlink()
     seldom.run(rounds=3, run={"checkpoint_seconds": 1000.0})
     assert [path.name for path in seldom.folder.checkpoints.iterdir()] == ["round-0000003.safetensors"]
+
+
+def test_what_cannot_be_decoded_is_quarantined(trial: Callable[..., Trial]) -> None:
+    run = trial(encoded=lambda delta: {"encoded": torch.zeros(3, dtype=torch.uint8)})
+    with pytest.raises(RunError, match="too few valid updates"):
+        run.run(compression={"up": ["int8"]})
+    run = trial(encoded=lambda delta: {"w": torch.tensor([1.0])})
+    with pytest.raises(RunError, match=r"got 0 of 4 clients.*a: the encoded tensors have other names"):
+        run.run(compression={"up": ["int8"]})
+
+
+@pytest.mark.parametrize("sent", [torch.ones(2000, 1), torch.tensor([True]), torch.tensor(1.0)])
+def test_whole_models_of_another_shape_are_quarantined(trial: Callable[..., Trial], sent: torch.Tensor) -> None:
+    run = trial(encoded=lambda delta: {"w": sent})
+    with pytest.raises(RunError, match=r"got 0 of 4 clients.*the tensor 'w' is wrong"):
+        run.run(compression={"up_of": "full"})
+
+
+@pytest.mark.parametrize("data", [b"garbage", b""])
+def test_arrays_that_cannot_be_read_are_quarantined(trial: Callable[..., Trial], data: bytes) -> None:
+    run = trial()
+    app = run._app()
+
+    def spoiled(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if reply.metadata.message_type == "train":
+            reply.content["arrays"] = ArrayRecord({"w": Array("float32", (1,), "numpy.ndarray", data)})
+        return reply
+
+    run._app = lambda: spoiled  # type: ignore[method-assign]
+    with pytest.raises(RunError, match=r"got 0 of 4 clients.*arrays cannot be read"):
+        run.run()
+
+
+def test_bytes_are_told_by_client(trial: Callable[..., Trial]) -> None:
+    run = trial()
+    run.run()
+    record = run.record()
+    assert list(record.client_bytes) == ["a", "b", "c", "d"]
+    assert record.bytes_up == sum(up for up, _ in record.client_bytes.values()) > 0
+    assert record.bytes_down == sum(down for _, down in record.client_bytes.values()) > 0

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fedtrain import flower, wire
 from fedtrain.data.base import Examples
-from fedtrain.experiment.sections import SgdSection, TrainingSection
+from fedtrain.experiment.optimizers import SgdSection
 from fedtrain.experiment.strategies import FedAdamStrategy, FedDynStrategy, ScaffoldStrategy
+from fedtrain.experiment.training import TrainingSection
 from fedtrain.params import Params, exchanged, snapshot
 from fedtrain.simulations.grid import InProcess, SimulationGrid
 from fedtrain.strategies.adapter import AlgorithmRunner, FlowerStrategy

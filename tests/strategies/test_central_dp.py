@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fedtrain.errors import BudgetError, InputError, PrivacyError
 from fedtrain.experiment.privacy import AdaptiveClipping, ClientPrivacy
-from fedtrain.experiment.sections import TrainingSection
 from fedtrain.experiment.strategies import (
     FedAdagradStrategy,
     FedAdamStrategy,
@@ -22,6 +21,7 @@ from fedtrain.experiment.strategies import (
     QFedAvgStrategy,
     ScaffoldStrategy,
 )
+from fedtrain.experiment.training import TrainingSection
 from fedtrain.params import Params
 from fedtrain.privacy.rng import NoiseSource
 from fedtrain.statefile import read_state, write_state

@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from fedtrain.experiment.sections import SgdSection, TrainingSection
+from fedtrain.experiment.optimizers import SgdSection
+from fedtrain.experiment.training import TrainingSection
 from fedtrain.params import Params
 from fedtrain.strategies.base import FederatedStrategy
 from fedtrain.strategies.fedavg import fedavg
 from fedtrain.strategies.fednova import fednova
-from fedtrain.training.optimizer import make_step
+from fedtrain.training.optimizer import LocalOptimizer
 from fedtrain.training.rules import LocalEnd, LocalStart
 from fedtrain.wire import Update
 
@@ -68,9 +69,9 @@ def test_the_papers_closed_form(momentum: float) -> None:
 def test_the_normalizer_reproduces_the_delta_of_a_constant_gradient(momentum: float, nesterov: bool) -> None:
     sgd = SgdSection(lr=0.1, momentum=momentum, nesterov=nesterov)
     w, gradient = torch.zeros(2), torch.tensor([1.0, -3.0])
-    step = make_step(sgd, [w], 0.5)
+    optimizer = LocalOptimizer(TrainingSection(optimizer=sgd), {"w": w})
     for _ in range(7):
-        step([gradient])
+        optimizer.step([gradient], 0.5)
     torch.testing.assert_close(w, -0.05 * normalizer(build(momentum, nesterov), 7) * gradient)
 
 

@@ -61,8 +61,8 @@ def test_an_unknown_task_names_the_nearest():
 
 def test_an_unknown_option_names_the_nearest():
     message = failure(TaskSection(name="mlp", options={"hiden": 64}))
-    assert message == "task 'mlp' has no such option: got hiden; expected one of hidden. Did you mean hidden?"
-    assert "expected no options" in failure(TaskSection(name="cnn", options={"hidden": 64}))
+    assert message == "task 'mlp' has no such option: got hiden; expected one of hidden, dropout. Did you mean hidden?"
+    assert "expected no options" in failure(TaskSection(name="logistic", options={"hidden": 64}))
 
 
 @pytest.mark.parametrize(

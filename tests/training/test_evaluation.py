@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtrain.data.base import Examples
+from fedtrain.data.base import DataSpec, Examples
+from fedtrain.experiment.evaluation import EvaluationSection
 from fedtrain.tasks.base import Metric
 from fedtrain.training.evaluation import evaluate, weighted_mean
+from fedtrain.training.metrics.pooled import Counts, make_metrics
 
 EXAMPLES = Examples(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([0.0, 2.0, 2.0]))
 
@@ -60,3 +62,13 @@ def test_a_name_counts_where_it_occurs() -> None:
 def test_without_weight_there_is_no_mean() -> None:
     assert weighted_mean([({"loss": 1.0}, 0)]) == {}
     assert weighted_mean([]) == {}
+
+
+def test_counts_take_in_all_batches_and_begin_anew() -> None:
+    examples = Examples(EXAMPLES.inputs, EXAMPLES.targets)
+    counts = Counts(make_metrics(EvaluationSection(metrics=["rmse", "mae"]), DataSpec((1,), "number")))
+    for _ in range(2):
+        means = evaluate(nn.Identity(), Squares(), examples, 2, counts)
+        assert means.keys() == {"loss", "off", "hit"}
+        assert counts.numbers() == pytest.approx({"rmse": (5 / 3) ** 0.5, "mae": 1.0})
+        assert counts.sums["moments"][0] == 3

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fedtrain import params as P
 from fedtrain.data.base import Examples
-from fedtrain.experiment.sections import SgdSection, TrainingSection
+from fedtrain.experiment.optimizers import SgdSection
+from fedtrain.experiment.training import TrainingSection
 from fedtrain.seeds import generator
 from fedtrain.tasks.base import Metric
 from fedtrain.training.loop import Assignment, LocalResult, Recipe, Trainer
@@ -81,7 +82,7 @@ def assert_same(one: LocalResult, other: LocalResult) -> None:
 def test_one_full_batch_step_by_hand() -> None:
     start = {"weight": torch.tensor([[1.0]]), "bias": torch.tensor([0.0])}
     examples = Examples(torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 0.0]))
-    result = trainer(Squares(line)).train(Assignment(1, "a", start, lr_factor=0.5), examples)
+    result = trainer(Squares(line)).train(Assignment(1, "a", start, rate=lambda _: 0.5), examples)
     # Squared errors 1 and 4; slopes (2*1*1 + 2*2*2)/2 = 5 and (2*1 + 2*2)/2 = 3; learning rate 0.1 * 0.5.
     assert result.delta["weight"].item() == pytest.approx(-0.25)
     assert result.delta["bias"].item() == pytest.approx(-0.15)
@@ -269,7 +270,7 @@ def test_a_rule_is_told_what_it_may_use_and_what_it_gives_goes_on() -> None:
 
     of = trainer(Squares(slope), LocalRule(begin, finish=finish), local_steps=3, lr=0.1)
     examples, start = Examples(torch.ones(2, 1), torch.tensor([0.0, 4.0])), {"weight": torch.ones(1, 1)}
-    first = of.train(Assignment(1, "a", start, shared={"c": torch.tensor(5.0)}, lr_factor=0.5), examples)
+    first = of.train(Assignment(1, "a", start, shared={"c": torch.tensor(5.0)}, rate=lambda _: 0.5), examples)
     assert (told[0].names, told[0].lr, told[0].shared["c"].item()) == (["weight"], 0.05, 5.0)
     assert told[0].values[0].tolist() == [[1.0]]  # still, after the steps
     assert told[0].mean_loss() != 5.0  # of the model as it is when asked: (1 + 9) / 2 at the start
@@ -349,7 +350,7 @@ def test_fine_tuning_trains_a_copy_of_the_global_model() -> None:
     of.personalize(Assignment(3, "a", start), examples, 2)
     tuned = P.snapshot(P.exchanged(of.model))
     assert 0 < P.l2_norm(P.difference(tuned, start)) < 1
-    of.personalize(Assignment(3, "a", start, lr_factor=0.01, work=0.1), examples, 2)  # at the end of a schedule
+    of.personalize(Assignment(3, "a", start, rate=lambda _: 0.01, work=0.1), examples, 2)  # at the end of a schedule
     assert all(torch.equal(t, tuned[n]) for n, t in P.exchanged(of.model).items())
 
 

@@ -6,7 +6,8 @@ import torch
 
 from fedtrain import params as P
 from fedtrain.data.base import DataSpec, Examples
-from fedtrain.experiment.sections import TaskSection, TrainingSection
+from fedtrain.experiment.sections import TaskSection
+from fedtrain.experiment.training import TrainingSection
 from fedtrain.tasks import TASKS, make_task
 from fedtrain.training.loop import Assignment, LocalResult, Recipe, Trainer
 

@@ -41,7 +41,5 @@ class Request:
             raise DataError(f"{self.source} needs a data root, which holds {relative}", got="none", hint=ways)
         path = self.data_root / relative
         if not path.exists():
-            raise DataError(
-                f"{self.source}: there is no {relative} in the data root", got=str(self.data_root), hint=ways
-            )
+            raise DataError(f"{self.source}: there is no {relative} in the data root", got=self.data_root, hint=ways)
         return path

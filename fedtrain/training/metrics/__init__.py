@@ -1,0 +1,1 @@
+"""Metrics that are exact over clients: sums that add up, and the numbers that follow from them."""
