@@ -38,14 +38,17 @@ def watched() -> Iterator[None]:
     os.dup2(writing, _STDERR)
     os.close(writing)
     reasons: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    thread = threading.Thread(target=_sort, args=(reading, real, reasons), name="fedtrain-stderr", daemon=True)
-    thread.start()
-    threading.Thread(target=_warn, args=(reasons,), name="fedtrain-handshakes", daemon=True).start()
+    sorting = threading.Thread(target=_sort, args=(reading, real, reasons), name="fedtrain-stderr", daemon=True)
+    warning = threading.Thread(target=_warn, args=(reasons,), name="fedtrain-handshakes", daemon=True)
+    sorting.start()
+    warning.start()
     try:
         yield
     finally:
         os.dup2(real, _STDERR)  # the pipe has no other end now, unless a child process holds it
-        thread.join(1.0)
+        sorting.join(1.0)
+        reasons.put(None)
+        warning.join(1.0)  # what was read is told before the process may end
 
 
 def _sort(reading: int, real: int, reasons: queue.SimpleQueue[str | None]) -> None:
@@ -58,7 +61,6 @@ def _sort(reading: int, real: int, reasons: queue.SimpleQueue[str | None]) -> No
                 continue
             if why := _reason(line.decode(errors="replace")):
                 reasons.put(why)
-    reasons.put(None)
 
 
 def _warn(reasons: queue.SimpleQueue[str | None]) -> None:
