@@ -41,10 +41,12 @@ def exchanged(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         name -> tensor that shares memory with the model.
     """
-    saved = model.state_dict(keep_vars=True)
     live = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    buffers = {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
-    return live | buffers
+    buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+    if buffers:
+        saved = model.state_dict(keep_vars=True)
+        live |= {name: b for name, b in buffers.items() if name in saved}
+    return live
 
 
 def is_private(name: str, patterns: Sequence[str]) -> bool:

@@ -77,6 +77,7 @@ app.add_typer(ca_app, name="ca", rich_help_panel=None)
 def main() -> NoReturn:
     """Run the command line; an error that fedtrain can name is one message and an exit code, never a traceback."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what fails is told by us
+    import fedtrain.collecting  # noqa: F401 - a command is over sooner
     try:
         code = app(standalone_mode=False)
     except FedtrainError as error:
@@ -169,12 +170,13 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Run an experiment on this machine. The same command again resumes it, or says that it is complete."""
-    from fedtrain.cli.running import carry_out, run_folder
     from fedtrain.experiment import load
     from fedtrain.simulations.forkserver import start_importing
 
     experiment = load(experiment_file, overrides or ())
-    start_importing(experiment)
+    start_importing(experiment)  # before anything here imports torch: the two do so side by side
+    from fedtrain.cli.running import carry_out, run_folder
+
     folder = run_folder(experiment, out)
 
     def run(observer: RunObserver) -> None:

@@ -26,20 +26,20 @@ _PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Losses:
-    """Adds up losses as they come, and reads them once at the end."""
+    """Adds up losses where they are computed, and reads their sum once at the end."""
 
-    def __init__(self) -> None:
-        self._sums: list[Tensor] = []
+    def __init__(self, device: torch.device) -> None:
+        self._sum = torch.zeros((), dtype=torch.float64, device=device)
         self._seen = 0
 
     def add(self, mean: Tensor, examples: int) -> None:
         """Take in the mean loss of so many examples."""
-        self._sums.append(mean * examples)
+        self._sum.add_(mean, alpha=examples)
         self._seen += examples
 
     def mean(self) -> float:
         """The mean over all examples; NaN for none."""
-        return float(torch.stack(self._sums).double().sum()) / self._seen if self._sums else math.nan
+        return float(self._sum) / self._seen if self._seen else math.nan
 
 
 class BatchGradients:
@@ -63,7 +63,7 @@ class BatchGradients:
 
     def __call__(self, batch: Batch, trained: Sequence[Tensor], factor: float = 1.0) -> tuple[Tensor, Tensors]:
         """Compute the mean loss, and the gradients of it times a factor with regard to `trained`."""
-        whole, size = len(batch.inputs), self.training.micro_batch_size
+        whole, size = batch.inputs.shape[0], self.training.micro_batch_size
         if size is None or whole <= size:
             return self._pass(batch, trained, factor)
         mean = torch.zeros((), device=self.device)
@@ -146,7 +146,7 @@ class PlainGradients:
                 got=str(error).split(",")[0],
                 hint="Use another layer, or leave out run.deterministic",
             ) from error
-        losses.add(loss, len(batch.inputs))
+        losses.add(loss, batch.inputs.shape[0])
         return self._clipped(gradients)
 
     def _scaled(self, scale: LossScale, batch: Batch, trained: Sequence[Tensor]) -> tuple[Tensor, Tensors]:

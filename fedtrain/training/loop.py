@@ -198,9 +198,10 @@ class Trainer:
 
     def load(self, values: Params, kept: Mapping[str, Any]) -> None:
         """Write the server's parameters and a client's private ones into the model; forget all earlier clients."""
-        tensors = dict(self.model.named_buffers()) | P.exchanged(self.model)
-        for name, initial in self._initial.items():
-            tensors[name].copy_(initial)
+        if self._initial:
+            tensors = dict(self.model.named_buffers()) | P.exchanged(self.model)
+            for name, initial in self._initial.items():
+                tensors[name].copy_(initial)
         P.load(self.model, {**values, **kept.get("private", {})})
 
     def train(self, assignment: Assignment, examples: Examples) -> LocalResult:
@@ -261,7 +262,7 @@ class Trainer:
         averaged = training.optimizer_state == "average" and phase.stream == "batches"
         moments = read_moments(self.model) if averaged else phase.kept.get("optimizer", {})
         optimizer = LocalOptimizer(training, stage.params, _moved(moments, self._device))
-        losses = Losses()
+        losses = Losses(self._device)
         steps = training.steps_for(len(examples), assignment.work)
         source = self._plain_gradients(assignment, examples, phase, stage, losses)
         seed = self._seed
@@ -309,9 +310,10 @@ class Trainer:
         rng = generator(self._seed, phase.stream, assignment.round_number, assignment.client_id)
         plain = PlainGradients(self._compute, phase.training)
         augmenter = self._augmenter(self._seed, assignment, phase)
+        trained = list(stage.params.values())
         for batch in batches(examples, phase.training.batch_size, steps, rng, phase.training.balance):
             changed = augmenter.batch(batch) if augmenter else batch
-            yield plain.of(changed, list(stage.params.values()), losses)
+            yield plain.of(changed, trained, losses)
 
     def _augmenter(self, seed: int, assignment: Assignment, phase: _Phase) -> Augmenter | None:
         """What changes the batches of a phase at random; None for nothing."""

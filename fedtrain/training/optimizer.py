@@ -35,6 +35,7 @@ class LocalOptimizer:
     def __init__(self, training: TrainingSection, params: Params, state: Mapping[str, Any] | None = None) -> None:
         self._section, self._names, self._params = training.optimizer, list(params), list(params.values())
         self._layers = _layers(training.layer_lr, self._names)
+        self._values = [p.detach() for p in self._params]  # the same memory, of which autograd keeps no record
         self._optimizer: torch.optim.Optimizer | None = None
         if not isinstance(self._section, SgdSection):
             self._optimizer = self._build(self._section)
@@ -88,13 +89,12 @@ class LocalOptimizer:
                 values["step"] = values["step"].cpu()  # torch wants it there, and moves it itself if it is told to
         optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
 
-    @torch.no_grad()
     def _sgd(self, gradients: Tensors, factor: float) -> None:
         """The same arithmetic as torch.optim.SGD, without its bookkeeping: a quarter of a small model's step."""
         section = self._section
         assert isinstance(section, SgdSection)
         if section.weight_decay:
-            gradients = torch._foreach_add(gradients, self._params, alpha=section.weight_decay)
+            gradients = torch._foreach_add(gradients, self._values, alpha=section.weight_decay)
         if section.momentum:
             torch._foreach_mul_(self._buffers, section.momentum)
             torch._foreach_add_(self._buffers, gradients)
@@ -103,10 +103,10 @@ class LocalOptimizer:
                 torch._foreach_add(gradients, self._buffers, alpha=section.momentum) if nesterov else self._buffers
             )
         if len(self._layers) == 1:
-            torch._foreach_add_(self._params, gradients, alpha=-section.lr * factor * next(iter(self._layers)))
+            torch._foreach_add_(self._values, gradients, alpha=-section.lr * factor * next(iter(self._layers)))
             return
         for layer, places in self._layers.items():
-            group = [self._params[i] for i in places]
+            group = [self._values[i] for i in places]
             torch._foreach_add_(group, [gradients[i] for i in places], alpha=-section.lr * factor * layer)
 
 

@@ -65,6 +65,13 @@ def test_the_rows_come_in_the_order_of_the_named_stream():
     assert torch.cat([batch.targets for batch in collect(rows(0, 1, 2, 3, 4), 2, 3)]).tolist() == order.tolist()
 
 
+def test_batches_of_images_keep_their_layout():
+    inputs = torch.rand(5, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    for batch in collect(Examples(inputs, torch.arange(5)), 3, 2):
+        assert batch.inputs.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(batch.inputs, inputs[batch.targets])
+
+
 def test_oversampling_draws_each_class_equally_often():
     examples = rows(*[7] * 40, 3, *[5] * 10)
     found = collect(examples, 51, 300, balance="oversample")

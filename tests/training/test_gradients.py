@@ -41,7 +41,7 @@ def perceptron() -> nn.Module:
 def gradients(model: nn.Module, batch: tuple[Tensor, Tensor], **fields: object) -> tuple[Tensors, float]:
     training = TrainingSection.model_validate(fields)
     own = BatchGradients(model, Squares(), training, CPU)
-    losses = Losses()
+    losses = Losses(torch.device("cpu"))
     return PlainGradients(own, training).of(Batch(*batch), list(model.parameters()), losses), losses.mean()
 
 
@@ -160,7 +160,7 @@ def test_a_batch_that_overflows_is_taken_with_a_smaller_scale() -> None:
     training = TrainingSection(precision="float16")
     model = Steep(64.0)
     plain = PlainGradients(BatchGradients(model, Squares(), training, CPU), training)
-    batch, losses = (torch.ones(2, 3), torch.full((2,), 100.0)), Losses()
+    batch, losses = (torch.ones(2, 3), torch.full((2,), 100.0)), Losses(torch.device("cpu"))
     (first,) = plain.of(Batch(*batch), [model.weight], losses)
     passes = model.passes
     (second,) = plain.of(Batch(*batch), [model.weight], losses)
