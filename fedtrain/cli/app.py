@@ -78,6 +78,7 @@ def main() -> NoReturn:
     """Run the command line; an error that fedtrain can name is one message and an exit code, never a traceback."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what fails is told by us
     import fedtrain.collecting  # noqa: F401 - a command is over sooner
+
     try:
         code = app(standalone_mode=False)
     except FedtrainError as error:

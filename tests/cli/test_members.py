@@ -100,8 +100,8 @@ def test_watching_looks_until_it_ends() -> None:
         twice.release()
 
     with watching(lambda: [member()], show):
-        assert twice.acquire(timeout=10)
-        assert twice.acquire(timeout=10)
+        assert twice.acquire(timeout=60)
+        assert twice.acquire(timeout=60)
     count = len(shown)
     assert shown == [[member()]] * count
     assert "fedtrain-members" not in {thread.name for thread in threading.enumerate()}

@@ -37,7 +37,7 @@ def member(name: str, *, connected: bool = True, up: int = 0, down: int = 0) -> 
 
 
 def scraped(metrics: Metrics, members: Callable[[], Sequence[Member]]) -> dict[str, float]:
-    with metrics.serving(members, 0) as url, urllib.request.urlopen(url, timeout=10) as answer:
+    with metrics.serving(members, 0) as url, urllib.request.urlopen(url, timeout=60) as answer:
         assert url.startswith("http://127.0.0.1:")
         lines = answer.read().decode().splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
@@ -74,7 +74,7 @@ def test_it_is_read_only_and_its_port_its_own() -> None:
     pytest.importorskip("prometheus_client")
     with Metrics(RunObserver()).serving(list, 0) as url:
         with pytest.raises(urllib.error.HTTPError, match="405") as refused:
-            urllib.request.urlopen(url, data=json.dumps({}).encode(), timeout=10)
+            urllib.request.urlopen(url, data=json.dumps({}).encode(), timeout=60)
         refused.value.close()
         port = int(url.removesuffix("/metrics").rpartition(":")[2])
         with pytest.raises(InputError, match=f"cannot be served there: got 127.0.0.1:{port}"):

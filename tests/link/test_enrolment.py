@@ -67,7 +67,7 @@ def ask(
 ) -> bytes:
     """Call by TLS, or in plain text without credentials."""
     with grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address) as channel:
-        return channel.unary_unary(method)(body, timeout=20)
+        return channel.unary_unary(method)(body, timeout=60)
 
 
 def site(authority: Authority, folder: Path, name: str = "north", now: datetime | None = None) -> Identity:

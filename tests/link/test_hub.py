@@ -160,11 +160,11 @@ def test_patience_lasts_while_there_is_progress(net: Any) -> None:
         packed = echoed(task)
         for step in range(1, 31):
             link.status(f"step {step}", step)
-            time.sleep(0.1)
+            time.sleep(0.15)
         task.submit(packed)
 
     net.join("a", work, heartbeat=0.5)
-    assert names(list(net.ask("a", patience=1.5))) == [1]
+    assert names(list(net.ask("a", patience=3))) == [1]
 
 
 def test_bytes_are_progress(net: Any) -> None:
