@@ -192,6 +192,12 @@ class PartitionedData:
     def _test_counts(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
         counts = held_out_counts(sizes, self.section.test, keep=1)
         if fold := self.section.fold:
+            if fold.of > sizes.max(initial=0):
+                raise DataError(
+                    "data.fold has more parts than any client has examples: some would hold out nothing",
+                    got=f"of = {fold.of}",
+                    expected=f"at most {sizes.max(initial=0)}",
+                )
             # A client's only row stays with its training.
             counts = np.minimum((sizes - fold.number + fold.of) // fold.of, np.maximum(sizes - 1, 0))
         counts[self.held_out()] = sizes[self.held_out()]

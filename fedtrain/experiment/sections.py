@@ -31,6 +31,7 @@ __all__ = [
 
 # Repeated here, for editors, because the registries import torch; a test compares them.
 _TASKS = ["logistic", "mlp", "cnn", "simple-cnn", "resnet18-gn", "char-lstm", "transformer", "regressor"]
+_TASKS += ["multi-label", "multi-task", "pseudo-label", "contrastive", "probe", "autoencoder", "vae", "kmeans"]
 _SOURCES = ["digits", "breast-cancer", "mnist", "fashion-mnist"]
 _SOURCES += ["heart-disease", "wisdm", "parkinsons", "adult", "shakespeare", "fcube"]
 

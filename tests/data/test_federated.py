@@ -233,6 +233,10 @@ def test_folds_are_disjoint_stratified_and_cover_all_rows() -> None:
         assert (counts.max(0).values - counts.min(0).values).max() <= 1
         assert [len(data.client(client_id).train) for data in parts] == [len(everything) - len(test) for test in tests]
     assert all(data.sizes().sum() + sum(len(data.client(i).test) for i in data.client_ids()) == 1797 for data in parts)
+    most = max(len(parts[0].client(i).train) + len(parts[0].client(i).test) for i in parts[0].client_ids())
+    digits(fold={"number": most, "of": most})
+    with pytest.raises(DataError, match=f"more parts than any client has examples.*at most {most}"):
+        digits(fold={"number": 1, "of": most + 1})
 
 
 def test_a_client_that_is_held_out_never_trains_and_is_all_test() -> None:

@@ -99,8 +99,8 @@ def test_inline_values_stay_on_one_line():
 
 def test_names_offered_to_editors_are_those_that_there_are():
     from fedtrain.data.sources import SOURCES
-    from fedtrain.tasks import TASKS
+    from fedtrain.tasks.registry import FURTHER_TASKS, TASKS
 
     sections = schema_tree()["properties"]
-    assert set(sections["task"]["properties"]["name"]["examples"]) == set(TASKS)
+    assert set(sections["task"]["properties"]["name"]["examples"]) == {*TASKS, *FURTHER_TASKS}
     assert set(sections["data"]["properties"]["name"]["examples"]) == set(SOURCES)
