@@ -106,7 +106,10 @@ def raised(doing: str, exc: BaseException, error: type[Error]) -> Error:
     Returns:
         The error, to be raised from `exc`.
     """
-    return error(f"{doing} failed at {blame(exc)}", hint="Correct that line and start again")
+    where = blame(exc).rstrip(".")
+    if where.startswith(_LIBRARIES):
+        return error(f"{doing} failed at {where}", hint="That is a library's line: look at what it is given")
+    return error(f"{doing} failed at {where}", hint="Correct that line and start again")
 
 
 def blame(exc: BaseException) -> str:

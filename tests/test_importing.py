@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import pickle
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedtrain.errors import DataError, TaskError
-from fedtrain.importing import load_object
+from fedtrain.importing import load_object, raised
 
 OWN = """
 from dataclasses import dataclass
@@ -114,3 +115,19 @@ def test_a_corrected_file_loads_after_a_failure(tmp_path):
 )
 def test_a_wrong_reference(tmp_path, reference, message):
     assert message.format(base=tmp_path)[:60] in failure(reference, tmp_path)
+
+
+def test_the_users_line_is_for_the_user_to_correct(tmp_path):
+    (tmp_path / "own.py").write_text("def own():\n    raise ValueError('too small.')")
+    with pytest.raises(ValueError, match="too small") as caught:
+        load_object("own.py:own", tmp_path, TaskError)()
+    told = str(raised("trying it", caught.value, TaskError))
+    assert told.endswith("own.py, line 2: ValueError: too small. Correct that line and start again")
+
+
+def test_a_librarys_line_is_not():
+    with pytest.raises(ValueError, match="Expecting value") as caught:
+        json.loads("[")
+    assert caught.value.__traceback__ is not None
+    error = caught.value.with_traceback(caught.value.__traceback__.tb_next)
+    assert "That is a library's line: look at what it is given" in str(raised("trying it", error, TaskError))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -183,6 +184,9 @@ def simulate(
     def run(observer: RunObserver) -> None:
         from fedtrain.simulations.run import Backend, Places, simulate
 
+        # What was imported stays to the end, where the collector would look through it for half a second. A user's
+        # objects come later, and are finalised.
+        gc.freeze()
         backend = None
         if engine is _Engine.ray:
             from functools import partial

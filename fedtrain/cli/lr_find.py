@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["lr_find"]
 
 _LINES, _BAR = 25, 40
+_CLEAR = 0.01  # share of the first loss: a smaller fall is noise
 
 
 def lr_find(
@@ -108,6 +109,10 @@ def _chart(found: RangeTest) -> Iterator[str]:
 def _verdict(found: RangeTest, high: float) -> Iterator[str]:
     if found.steepest is None:
         yield "The loss does not fall at any rate: lower --from, or give more --steps."
+        return
+    fall = 1 - found.smoothed.min() / found.smoothed[0]
+    if found.smoothed[0] > 0 and fall < _CLEAR:
+        yield f"The loss falls by no more than {fall:.1%} at any rate: raise --to, or look at the scale of the targets."
         return
     yield f"Try training.optimizer.lr = {found.steepest:.2g}: there the loss falls fastest."
     yield f"A tenth of the rate of least loss: {found.least / 10:.2g}. Choose between the two, or sweep over both."

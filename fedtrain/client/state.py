@@ -76,8 +76,7 @@ class ClientState:
                 old.unlink(missing_ok=True)
 
     def _versions(self, client_id: str) -> list[Path]:
-        place = self._place(client_id)
-        return sorted(place.glob("round-*.safetensors")) if place.is_dir() else []
+        return sorted(self._place(client_id).glob("round-*.safetensors"))
 
     def _place(self, client_id: str) -> Path:
         name = quote(client_id, safe="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,8 +27,9 @@ __all__ = [
 Column = NDArray[Any]
 TargetType = Literal["auto", "class", "number"]
 
-# One-hot columns of one text column; more is a name or an identifier, not a category.
-_MOST_LEVELS = 1000
+# One-hot columns of one text column, and classes that whole numbers are taken for unless the user says so.
+_MOST_LEVELS, _MOST_CLASSES = 1000, 100
+_FEW = 20  # different values that are few in any table
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,10 @@ def table_dataset(table: Table, use: Use) -> Dataset:
     asked = [use.target, *([use.client_column] if use.client_column is not None else []), *use.drop]
     for column in asked:
         if column not in table.columns:
-            raise DataError(f"{table.name} has no such column", got=column, hint=nearest(column, table.columns))
+            hint = nearest(column, table.columns)
+            if len(table.columns) == 1 and (found := [mark for mark in ";\t|" if mark in next(iter(table.columns))]):
+                hint = f"Set data.options.delimiter = {json.dumps(found[0])}"
+            raise DataError(f"{table.name} has no such column", got=column, hint=hint)
     targets, class_names = encode_target(
         table.columns[use.target], use.target_type, f"{table.name}, column {use.target!r}"
     )
@@ -121,7 +126,7 @@ def encode_target(values: Column, target_type: TargetType, where: str) -> tuple[
         `(N,)` float32 and None for numbers; `(N,)` int64 and the sorted classes' names for classes.
 
     Raises:
-        DataError: a target is missing, or texts are to be numbers.
+        DataError: a target is missing, texts are to be numbers, or it may be either.
     """
     is_text = values.dtype.kind in "OUS"
     if target_type == "number" and is_text:
@@ -130,6 +135,14 @@ def encode_target(values: Column, target_type: TargetType, where: str) -> tuple[
     if target_type == "number" or (target_type == "auto" and fractions):
         _refuse_missing(values, where)
         return values.astype(np.float32), None
+    if target_type == "auto" and not is_text:
+        different = len(np.unique(values))
+        if _too_many(different, len(values), _MOST_CLASSES):
+            raise DataError(
+                f"{where}: the target may be a number or a class",
+                got=f"{different} different whole numbers in {len(values)} rows",
+                hint='Set data.target_type = "number", or "class"',
+            )
     return _levels(values, where)
 
 
@@ -233,14 +246,20 @@ def _encode(table: str, name: str, values: Column) -> tuple[list[str], NDArray[n
         return [name], _numbers(values, f"{table}, column {name!r}")
     missing = _missing(values)
     levels = np.unique(values[~missing].astype(str))
-    if len(levels) > _MOST_LEVELS:
+    if _too_many(len(levels), len(values), _MOST_LEVELS):
+        shown = ", ".join(shorten(level, 20) for level in levels[:3])
         raise DataError(
             f"{table}, column {name!r}: too many different texts to be categories",
-            got=len(levels),
-            expected=f"at most {_MOST_LEVELS}",
-            hint="Add it to data.drop, or name it as data.client_column",
+            got=f"{len(levels)} in {len(values)} rows, such as {shown}",
+            expected=f"at most {_MOST_LEVELS}, and at most {_FEW} or one for two rows",
+            hint="Add it to data.drop, or name it as data.client_column; if it is of numbers, write them as such",
         )
     return [f"{name}={level}" for level in levels], _one_hot(values, levels.tolist(), f"{table}, column {name!r}")
+
+
+def _too_many(different: int, rows: int, most: int) -> bool:
+    """Whether values are so many that they are names or numbers rather than categories."""
+    return different > most or different > max(_FEW, rows // 2)
 
 
 def _levels(values: Column, where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:

@@ -307,7 +307,7 @@ def _read(path: Path) -> bytes:
         raise InputError(
             f"there is no identity here: {path.name} cannot be read ({error.strerror})",
             got=path.parent,
-            hint="Enrol first: fedtrain client enroll TOKEN",
+            hint="Enrol first: fedtrain client enroll TOKEN; where the server speaks plain text, --insecure NAME",
         ) from error
 
 

@@ -242,9 +242,9 @@ def _spread(scores: Sequence[ClientScore]) -> Spread | None:
 
 
 def _main_metric(run: RunView) -> str:
-    """The target's metric, else accuracy, else the first one measured beside the loss, else the loss."""
+    """The target's metric, else accuracy, else the first asked for, else the first beside the loss, else the loss."""
     names = list(_names(run.records))
-    for wanted in (run.experiment.evaluation.target_metric, "accuracy"):
+    for wanted in (run.experiment.evaluation.target_metric, "accuracy", *run.experiment.evaluation.metrics):
         if wanted in names:
             return wanted
     return next((name for name in names if name != "loss"), "loss")

@@ -16,7 +16,7 @@ from fedtrain.params import Params, l2_norm
 from fedtrain.training.metrics.pooled import NONE, PooledMetrics
 from fedtrain.wire import Measurement, Update
 
-__all__ = ["Gate", "measurement_objection"]
+__all__ = ["Gate", "looks_diverged", "measurement_objection"]
 
 _WINDOW, _ENOUGH = 100, 5  # accepted updates that a median or mean is taken over, at most and at least
 _MOST_GROWTH = 100.0  # times the model's scale: an update that is larger is no training, whatever the others send
@@ -163,6 +163,11 @@ class _Accepted:
         """How large another may be: `factor` times the middle, where there are enough for one and it is not 0."""
         middle = self._middle(self.values) if len(self.values) >= _ENOUGH else 0.0
         return self._factor * middle or math.inf
+
+
+def looks_diverged(reason: str) -> bool:
+    """Whether an objection is one to numbers without bounds, as all clients send them where training diverges."""
+    return any(words in reason for words in ("a finite number", "NaN, infinite or immense", "L2 norm is out of all"))
 
 
 def measurement_objection(measurement: Measurement, client_id: str, pooled: PooledMetrics = NONE) -> str | None:

@@ -14,15 +14,17 @@ import torch
 
 import fedtrain
 from fedtrain.disk import sha256_of
-from fedtrain.errors import RunFolderError
+from fedtrain.errors import FedtrainError, RunFolderError
 from fedtrain.experiment.code import code_of
-from fedtrain.experiment.load import identity
+from fedtrain.experiment.load import identity, load
 from fedtrain.experiment.sections import Experiment
 from fedtrain.records import Manifest
 from fedtrain.rundir import RunFolder
 from fedtrain.server.traces import files_of
 
 __all__ = ["Circumstances", "new_manifest", "refuse_other_run", "resumed_manifest"]
+
+_NAMED = 4  # changes that are told
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def refuse_other_run(folder: RunFolder, experiment: Experiment, base: Path) -> N
     if folder.manifest.exists():
         manifest = folder.read_manifest()
         if manifest.experiment_hash != identity(experiment):
-            what = "this folder holds a run of a different experiment"
+            what = f"this folder holds a run of a different experiment{_changes(folder, experiment)}"
         elif manifest.own_files != _own_files(experiment, base):
             what = "this folder holds a run with other contents of the files that the experiment names"
         else:
@@ -103,6 +105,23 @@ def refuse_other_run(folder: RunFolder, experiment: Experiment, base: Path) -> N
     else:
         return
     raise RunFolderError(what, got=folder.path, hint="Choose another folder with --out; nothing was changed")
+
+
+def _changes(folder: RunFolder, experiment: Experiment) -> str:
+    """Name what an experiment has otherwise than a folder's; nothing if that cannot be read any more."""
+    try:
+        before, now = (_flat("", one.model_dump(mode="json")) for one in (load(folder.experiment), experiment))
+    except FedtrainError:
+        return ""
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and not key.startswith("run.")]
+    return f", with other values of {', '.join(changed[:_NAMED])}" if changed else ""
+
+
+def _flat(path: str, value: object) -> dict[str, object]:
+    """Dotted path -> value."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {key: v for name, inner in value.items() for key, v in _flat(f"{path}.{name}".strip("."), inner).items()}
 
 
 def _own_files(experiment: Experiment, base: Path) -> dict[str, str]:

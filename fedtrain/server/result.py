@@ -256,6 +256,15 @@ def check_watched(experiment: Experiment, names: Collection[str], central: Sized
     Raises:
         InputError: a section watches something else.
     """
+    goal = experiment.evaluation.target_metric
+    known = [*names, *(["adversarial-accuracy"] if experiment.evaluation.attack else [])]
+    if goal is not None and goal not in known:
+        raise InputError(
+            "evaluation.target_metric is not measured",
+            got=shorten(goal),
+            expected=f"one of {', '.join(known)}",
+            hint=nearest(goal, known, otherwise="Others are measured if evaluation.metrics names them"),
+        )
     training = experiment.training
     schedule = training.schedule if isinstance(training.schedule, PlateauSchedule) else None
     for field, section in (("training.early_stopping", training.early_stopping), ("training.schedule", schedule)):

@@ -34,6 +34,7 @@ from fedtrain.records import Histogram, RoundRecord
 from fedtrain.rundir import Checkpoint, RunFolder
 from fedtrain.server.cohort import Cohort
 from fedtrain.server.drift import Drift, Sketcher
+from fedtrain.server.gate import looks_diverged
 from fedtrain.server.mail import Mail
 from fedtrain.server.measuring import Measuring
 from fedtrain.server.observer import Observer
@@ -344,12 +345,14 @@ class Server:
         quorum = 0.0 if privacy and privacy.unit == "client" else self.experiment.clients.quorum
         if used < wanted * quorum - 1e-9:
             late = f"{len(seen.late)} came late or did not answer"
-            first = (f"{shorten(client)}: {reason}" for client, reason in seen.quarantined.items())
+            first = next((f"{shorten(client)}: {reason}" for client, reason in seen.quarantined.items()), None)
+            if first and all(map(looks_diverged, seen.quarantined.values())):
+                first += "; if training diverges, lower training.optimizer.lr: `fedtrain lr-find` suggests one"
             raise RunError(
                 f"round {seen.number} has too few valid updates",
                 got=f"{used} of {wanted} clients",
                 expected=f"at least clients.quorum = {quorum} of them",
-                hint=next(first, late if seen.late else None),
+                hint=first or (late if seen.late else None),
             )
         if not used:
             what = "no valid update came in time" if wanted else "no client was drawn"

@@ -241,7 +241,10 @@ def _units(patient: _Patient) -> _Verdict:
     if dead:
         told = ", ".join(f"{layer.dead:.0%} of {layer.name}" for layer in dead[:3])
         return "odd", f"0 for every example: {told}; another [model] init may help"
-    deviations = [layer.deviation for layer in followed if math.isfinite(layer.deviation) and layer.parameters]
+    # Adapters start with an output of zero.
+    adapted = patient.experiment.model.lora is not None
+    looked_at = [layer for layer in followed if layer.parameters and not (adapted and "lora" in layer.name)]
+    deviations = [layer.deviation for layer in looked_at if math.isfinite(layer.deviation)]
     if not deviations:
         return "ok", "no layer to look at"
     text = f"outputs of layers deviate by {min(deviations):.2g} to {max(deviations):.2g}"

@@ -23,7 +23,9 @@ __all__ = ["start_importing", "wanted_workers", "worker_context"]
 def worker_context() -> ForkServerContext:
     """Start the server if it is not running, and return the context whose processes are forked from it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedtrain.collecting", "fedtrain.simulations.workers"])
+    context.set_forkserver_preload(
+        ["fedtrain.collecting", "fedtrain.simulations.workers", "fedtrain.simulations.preloaded"]
+    )
     with _ignoring_interrupts():
         multiprocessing.forkserver.ensure_running()
     return context

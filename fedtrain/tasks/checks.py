@@ -46,7 +46,8 @@ def needs_numbers(task: str, spec: DataSpec) -> None:
         TaskError: it is not; names the tasks that suit the data.
     """
     if spec.target != "number":
-        raise _refusal(task, "needs a number to predict", f"the target {spec.target!r}", spec)
+        needs = 'needs a number to predict (of your own data: data.target_type = "number")'
+        raise _refusal(task, needs, f"the target {spec.target!r}", spec)
 
 
 def needs_tokens(task: str, spec: DataSpec) -> None:

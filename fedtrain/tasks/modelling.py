@@ -159,8 +159,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        why = (error.strerror if isinstance(error, OSError) else None) or shorten(str(error))
-        why = why.removesuffix(f": {path}")  # safetensors names the file itself
+        told = str(error).removesuffix(f": {path}")  # safetensors names the file itself
+        why = (error.strerror if isinstance(error, OSError) else None) or shorten(told)
         raise InputError(
             f"the file of model.start cannot be read ({why})",
             got=path,

@@ -277,7 +277,9 @@ class Trainer:
             for number, gradients in enumerate(source):
                 if correct:
                     whole = stage.expand(gradients, self._trained)
-                    gradients = stage.select([*correct(state, self._trained[:ruled], whole[:ruled]), *whole[ruled:]])
+                    corrected = correct(state, self._trained[:ruled], whole[:ruled])
+                    # A user's rule may compute with the live parameters, of which autograd would keep a record.
+                    gradients = stage.select([*(g.detach() for g in corrected), *whole[ruled:]])
                 gradients = penalized(training.penalty, stage.params, gradients)
                 optimizer.step(gradients, assignment.rate(number / steps))
                 if self._on_step:

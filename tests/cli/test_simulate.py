@@ -2,6 +2,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,7 +92,7 @@ def test_a_run_of_another_experiment_is_refused(fedtrain: Callable, tiny: Path, 
     before = contents(finished)
     result = fedtrain("simulate", tiny, "--out", finished, "--set", "seed=4")
     assert result.code == 2
-    assert "this folder holds a run of a different experiment" in result.err
+    assert "this folder holds a run of a different experiment, with other values of seed: got" in result.err
     assert "nothing was changed" in result.err
     assert contents(finished) == before
 
@@ -140,3 +142,15 @@ def test_a_wrong_command_line_is_exit_code_2(fedtrain: Callable, arguments: list
     result = fedtrain(*arguments)
     assert (result.code, result.out) == (2, "")
     assert "Usage:" in result.err
+
+
+def test_workers_begin_to_import_before_the_command_imports_torch(tiny: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from fedtrain.simulations import forkserver
+forkserver.start_importing = lambda experiment: sys.exit("torch" in sys.modules)
+sys.argv = ["fedtrain", "simulate", {str(tiny)!r}]
+from fedtrain.cli import main
+main()
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0

@@ -233,10 +233,16 @@ def test_folds_are_disjoint_stratified_and_cover_all_rows() -> None:
         assert (counts.max(0).values - counts.min(0).values).max() <= 1
         assert [len(data.client(client_id).train) for data in parts] == [len(everything) - len(test) for test in tests]
     assert all(data.sizes().sum() + sum(len(data.client(i).test) for i in data.client_ids()) == 1797 for data in parts)
-    most = max(len(parts[0].client(i).train) + len(parts[0].client(i).test) for i in parts[0].client_ids())
+
+
+def test_a_fold_of_more_parts_than_examples_is_refused() -> None:
+    sizes = {name: len(digits().client(name).train) for name in digits().client_ids()}
+    most = max(sizes.values())
     digits(fold={"number": most, "of": most})
-    with pytest.raises(DataError, match=f"more parts than any client has examples.*at most {most}"):
+    with pytest.raises(DataError, match=f"more parts than any client that trains.*at most {most}"):
         digits(fold={"number": 1, "of": most + 1})
+    with pytest.raises(DataError, match="more parts"):
+        digits(fold={"number": 1, "of": most}, held_out=[i for i, size in sizes.items() if size == most])
 
 
 def test_a_client_that_is_held_out_never_trains_and_is_all_test() -> None:

@@ -81,6 +81,13 @@ def test_target_types(tmp_path: Path, column: list[str], target_type: str, expec
         ("x,y\n1,a\n", {"target": "y", "options": {"delimeter": ";"}}, "Did you mean delimiter"),
         ("x,y\n1,a\n", {"target": "y", "options": {"delimiter": 3}}, "data.options.delimiter"),
         ("x,y\n" + "".join(f"name{i},a\n" for i in range(1001)), {"target": "y"}, "too many different texts.*got 1001"),
+        (
+            "x,y\n" + "".join(f"note {i},a\n" for i in range(21)),
+            {"target": "y"},
+            "21 in 21 rows, such as note 0",
+        ),
+        ("x,y\n" + "".join(f"1,{i}\n" for i in range(21)), {"target": "y"}, "number or a class: got 21 .*target_type"),
+        ("x;y\n1;a\n", {"target": "y"}, 'data.options.delimiter = ";"'),
     ],
 )
 def test_a_table_that_does_not_fit_is_named(tmp_path: Path, text: str, fields: dict[str, Any], message: str) -> None:

@@ -146,6 +146,12 @@ def test_the_main_metric_is_the_goal_then_accuracy_then_the_first(make_run, make
     assert Facts.of(make_run(experiment=make_experiment(evaluation=evaluation), records=[record])).metric == metric
 
 
+def test_what_is_asked_for_comes_before_what_a_task_measures(make_run, make_experiment):
+    experiment = make_experiment(evaluation={"metrics": ["f1-macro", "auroc"]})
+    record = RoundRecord(round_number=0, central=dict.fromkeys(["loss", "flagged", "auroc"], 1.0))
+    assert Facts.of(make_run(experiment=experiment, records=[record])).metric == "auroc"
+
+
 @pytest.mark.parametrize(("metric", "order"), [("accuracy", ["c", "a", "b"]), ("mae", ["c", "b", "a"])])
 def test_clients_come_worst_first_and_a_missing_value_is_worst(make_run, metric, order):
     values = {"a": {metric: 0.1}, "b": {metric: 0.2}, "c": {"loss": 1.0}}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedtrain.experiment.gate import GateSection
-from fedtrain.server.gate import Gate, measurement_objection
+from fedtrain.server.gate import Gate, looks_diverged, measurement_objection
 from fedtrain.wire import Measurement, Update
 
 MODEL = {"w": torch.tensor([3.0, 4.0, 0.0]), "s": torch.tensor(0.0)}  # norm 5, 4 entries: a scale of 5 + sqrt(4) = 7
@@ -32,6 +32,14 @@ def test_the_size_of_an_update_against_the_model() -> None:
         "the update's L2 norm is out of all proportion: got 701; expected at most 700 (gate.norm_factor)"
     )
     assert judge(gate(norm_factor=0), 701.0) == ""
+
+
+def test_numbers_without_bounds_look_as_if_training_diverged() -> None:
+    assert looks_diverged(judge(gate(), 701.0))
+    assert looks_diverged(judge(gate(), math.nan))
+    worse = Update("a", 4, {"w": torch.ones(3), "s": torch.tensor(0.0)}, 10, {"loss": math.nan}, {})
+    assert looks_diverged(gate().objection(worse, "a", 4) or "")
+    assert not looks_diverged(judge(gate(max_examples=5)))
 
 
 def test_the_size_of_an_update_against_the_median_of_the_accepted_ones() -> None:

@@ -349,6 +349,14 @@ def test_a_metric_that_is_not_measured_is_refused_with_the_one_that_was_meant() 
         check_watched(WATCHING, ["loss", "accuracy"], [1])
 
 
+def test_a_target_that_is_not_measured_is_refused() -> None:
+    goal = {"target_metric": "acuracy", "target_value": 0.9}
+    experiment = Experiment.model_validate({"data": {"name": "digits", "clients": 2}, "evaluation": goal})
+    with pytest.raises(InputError, match=r"target_metric is not measured: got acuracy.*Did you mean accuracy\?"):
+        check_watched(experiment, ["loss", "accuracy"], [1])
+    check_watched(experiment, ["loss", "acuracy"], [1])
+
+
 def test_a_central_test_set_that_is_not_there_is_refused() -> None:
     with pytest.raises(InputError, match=r"training\.early_stopping watches the central test set.*data\.central_test"):
         check_watched(WATCHING, ["accurcy"], None)

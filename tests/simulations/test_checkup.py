@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtrain.data.base import DataSpec, Examples
+from fedtrain.experiment.model import ModelSection
 from fedtrain.experiment.sections import Experiment
 from fedtrain.simulations.checkup import check_up, layers
 from fedtrain.tasks.adapted import experiment_task
@@ -156,3 +157,9 @@ def test_layers_are_told_with_shapes_and_dead_units() -> None:
 def test_a_built_in_task_passes() -> None:
     task = experiment_task(EXPERIMENT.model_copy(), SPEC, Path())
     assert all(verdict == "ok" for verdict, _ in verdicts(task).values())
+
+
+def test_adapters_that_start_at_zero_are_no_fault() -> None:
+    adapted = EXPERIMENT.model_copy(update={"model": ModelSection.model_validate({"lora": {"rank": 2}})})
+    task = experiment_task(adapted, SPEC, Path())
+    assert verdict_of("units", task, experiment=adapted)[0] == "ok"

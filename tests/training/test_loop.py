@@ -15,6 +15,7 @@ from fedtrain.experiment.training import TrainingSection
 from fedtrain.seeds import generator
 from fedtrain.tasks.base import Metric
 from fedtrain.training.loop import Assignment, LocalResult, Recipe, Trainer
+from fedtrain.training.optimizer import LocalOptimizer
 from fedtrain.training.rules import LocalEnd, LocalRule, LocalStart, Tensors
 
 SEED = 5
@@ -236,6 +237,18 @@ def test_a_rule_corrects_each_gradient_by_hand(mu: float, end: float) -> None:
     pulled = trainer(Squares(slope), proximal(mu), local_steps=3)
     result = train(pulled, Examples(torch.ones(1, 1), torch.zeros(1)), {"weight": torch.ones(1, 1)})
     assert 1 + result.delta["weight"].item() == pytest.approx(end)
+
+
+def test_autograd_keeps_no_record_of_what_a_rule_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped: list[bool] = []
+
+    def step(_optimizer: LocalOptimizer, gradients: Tensors, _factor: float) -> None:
+        stepped.extend(gradient.requires_grad for gradient in gradients)
+
+    monkeypatch.setattr(LocalOptimizer, "step", step)
+    pulled = trainer(Squares(slope), proximal(1.0), local_steps=3)
+    train(pulled, Examples(torch.ones(1, 1), torch.zeros(1)), {"weight": torch.ones(1, 1)})
+    assert stepped == [False] * 3
 
 
 def test_a_strong_pull_holds_the_model_where_the_server_left_it() -> None:
