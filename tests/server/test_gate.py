@@ -39,7 +39,11 @@ def test_numbers_without_bounds_look_as_if_training_diverged() -> None:
     assert looks_diverged(judge(gate(), math.nan))
     worse = Update("a", 4, {"w": torch.ones(3), "s": torch.tensor(0.0)}, 10, {"loss": math.nan}, {})
     assert looks_diverged(gate().objection(worse, "a", 4) or "")
-    assert not looks_diverged(judge(gate(max_examples=5)))
+    judged = gate(max_examples=50_000)
+    assert [judge(judged) for _ in range(5)] == [""] * 5
+    too_many = judge(judged, examples=20_001)
+    assert "out of all proportion" in too_many
+    assert not looks_diverged(too_many)
 
 
 def test_the_size_of_an_update_against_the_median_of_the_accepted_ones() -> None:
