@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -6,6 +7,12 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Commands that run in this process must not put off its garbage collector: what a test leaves open is to show there.
+USUAL = gc.get_threshold()
+import fedtrain.collecting  # noqa: E402
+
+gc.set_threshold(*USUAL)
 
 # Machines are shared: how long an example takes tells nothing.
 settings.register_profile("fedtrain", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -69,6 +76,8 @@ class Result:
 def fedtrain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The command line, in this process."""
     from fedtrain.cli import main
+
+    monkeypatch.setattr(gc, "freeze", lambda: None)
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["fedtrain", *map(str, arguments)])

@@ -202,6 +202,7 @@ def _start(ray: Any, address: str | None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own: files left to the collector, a change in a version to come
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            gc.collect()  # now, for the files complain when they go
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise InputError("Ray does not start or cannot be reached", got=error) from error
     finally:
