@@ -214,8 +214,8 @@ def _spread(values: Sequence[float]) -> str:
 def few_labels(data_root: Path) -> bool:
     """Labels for one example in twenty: the server's model guesses those of the others, or they are left out.
 
-    The setting was chosen on these seeds and the same test set; on another machine one of them gains nothing. Neither does a
-    perceptron of 200 units: 0.828 both with the guesses and without, in the mean of three seeds.
+    The setting was chosen on these seeds and the same test set; on another machine one of them gains nothing. Neither
+    does a perceptron of 200 units: 0.828 both with the guesses and without, in the mean of three seeds.
     """
     sgd, cosine = {"name": "sgd", "lr": 0.06, "momentum": 0.9}, {"name": "cosine"}
     training = {"local_steps": 25, "batch_size": 128, "balance": "oversample", "optimizer": sgd, "schedule": cosine}
