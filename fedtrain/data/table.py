@@ -51,7 +51,7 @@ class Use:
 
     Attributes:
         target: the column to predict.
-        target_type: class, number, or auto: numbers with a fraction are numbers, all else are classes.
+        target_type: class, number, or auto: fractions are numbers, few whole numbers and texts are classes.
         client_column: the column that names each row's client.
         drop: columns to leave out.
     """

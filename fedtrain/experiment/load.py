@@ -17,7 +17,7 @@ from fedtrain.experiment.faults import faults_of
 from fedtrain.experiment.schema import inline
 from fedtrain.experiment.sections import Experiment
 
-__all__ = ["identity", "load", "to_toml"]
+__all__ = ["identified", "identity", "load", "to_toml"]
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -62,9 +62,13 @@ def to_toml(experiment: Experiment) -> str:
 
 def identity(experiment: Experiment) -> str:
     """Hash what is computed: SHA-256, in hex, of all fields but the name, the [run] section and the byte budget."""
-    values = experiment.model_dump(mode="json", exclude={"name": True, "run": True, "compression": {"max_bytes"}})
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(identified(experiment), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identified(experiment: Experiment) -> dict[str, Any]:
+    """The fields that `identity` hashes, by section."""
+    return experiment.model_dump(mode="json", exclude={"name": True, "run": True, "compression": {"max_bytes"}})
 
 
 def _read(path: Path) -> str:

@@ -84,7 +84,7 @@ class DataSection(Section):
     """Column (CSV, Parquet) or array (NPZ) to predict; for a built-in source, a target other than its own."""
 
     target_type: Literal["auto", "class", "number"] = "auto"
-    """Predict a class or a number; auto: numbers with a fraction are numbers, all else are classes."""
+    """Predict a class or a number; auto: fractions are numbers, few whole numbers and texts are classes."""
 
     classes: list[str] = Field(default=[], examples=[["no", "yes"]])
     """All classes, in order; needed in a deployment where a client may not have examples of each."""

@@ -16,7 +16,7 @@ import fedtrain
 from fedtrain.disk import sha256_of
 from fedtrain.errors import FedtrainError, RunFolderError
 from fedtrain.experiment.code import code_of
-from fedtrain.experiment.load import identity, load
+from fedtrain.experiment.load import identified, identity, load
 from fedtrain.experiment.sections import Experiment
 from fedtrain.records import Manifest
 from fedtrain.rundir import RunFolder
@@ -110,10 +110,10 @@ def refuse_other_run(folder: RunFolder, experiment: Experiment, base: Path) -> N
 def _changes(folder: RunFolder, experiment: Experiment) -> str:
     """Name what an experiment has otherwise than a folder's; nothing if that cannot be read any more."""
     try:
-        before, now = (_flat("", one.model_dump(mode="json")) for one in (load(folder.experiment), experiment))
+        before, now = (_flat("", identified(one)) for one in (load(folder.experiment), experiment))
     except FedtrainError:
         return ""
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and not key.startswith("run.")]
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return f", with other values of {', '.join(changed[:_NAMED])}" if changed else ""
 
 
