@@ -123,7 +123,7 @@ class EvaluationSection(Section):
     """Rounds between evaluations on the clients' held-out examples; 0: only after the last round."""
     max_clients: int = Field(default=100, ge=0)
     """Most clients asked to evaluate (a fixed random sample of them); 0: none."""
-    batch_size: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=250, ge=1)
     """Examples per forward pass."""
     metrics: list[MetricName] = Field(default=[], examples=[["balanced-accuracy", "f1-macro", "auroc"]])
     """What is measured beside the task's own metrics; over clients it is as if their examples lay in one place."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,16 +22,20 @@ from fedtrain.server.gate import measurement_objection
 from fedtrain.server.mail import Mail
 from fedtrain.server.tally import Tally
 from fedtrain.tasks.base import Task
-from fedtrain.training.attacks import make_attack
-from fedtrain.training.evaluation import evaluate, weighted_mean
+from fedtrain.training.attacks import ADVERSARIAL, make_attack
+from fedtrain.training.evaluation import add_up, means, weighted_mean
 from fedtrain.training.inspection import activations, weights_and_changes
 from fedtrain.training.layout import in_layout, memory_format
 from fedtrain.training.loop import build_model
 from fedtrain.training.metrics.pooled import Counts, PooledMetrics, common_scaling, make_metrics
 
-__all__ = ["CentralTest", "Measured", "Measuring"]
+__all__ = ["CentralTest", "Measured", "Measuring", "Spread"]
+
+Spread = Callable[[Params, Sequence[int]], Iterable[dict[str, Tensor]]]
+"""Model and first rows -> `CentralTest.part` of each, in this order, found by several processes."""
 
 _LOOKED_AT = 256  # test examples whose activations are counted
+_MEANS = "means"  # of the sums that are the task's own
 
 
 class CentralTest:
@@ -43,6 +47,11 @@ class CentralTest:
         data: of the run.
         device: to measure on.
         examples: the test set; None where the server has none that it may measure on.
+
+    Attributes:
+        metrics: beside the task's own.
+        examples: the test set.
+        spread: measures the batches of the test set; they are measured one after another if it is None.
 
     Raises:
         InputError: a metric or the attack does not suit the data.
@@ -66,15 +75,16 @@ class CentralTest:
             )
         self.metrics = make_metrics(section, data.spec, scaling)
         self._attack = make_attack(section.attack, data.spec, scaling, experiment.seed)
-        self._counts = Counts(self.metrics)
-        self._experiment, self._task, self._device, self._examples = experiment, task, device, examples
+        self._experiment, self._task, self._device, self.examples = experiment, task, device, examples
+        self._sums: dict[str, Tensor] = {}
+        self.spread: Spread | None = None
 
     def look(self, after: Params, before: Params) -> dict[str, Histogram]:
         """Histograms of a model's weights, of what a round has changed, and of its activations on the test set."""
         found = weights_and_changes(after, before)
-        if self._examples is not None and len(self._examples):
+        if self.examples is not None and len(self.examples):
             load(self._model, after)
-            inputs = self._examples.inputs[:_LOOKED_AT].to(self._device)
+            inputs = self.examples.inputs[:_LOOKED_AT].to(self._device)
             found |= activations(self._model, in_layout(inputs, memory_format(self._task)))
         return found
 
@@ -93,22 +103,47 @@ class CentralTest:
         Raises:
             RunError: the task's code fails.
         """
-        if self._examples is None:
+        if not self.examples:
             return {}
-        load(self._model, model)
-        batch_size = self._experiment.evaluation.batch_size
+        firsts = range(0, len(self.examples), self._experiment.evaluation.batch_size)
+        if self.spread and len(firsts) > 1:
+            parts = self.spread(model, firsts)
+        else:
+            parts = (self.part(None if first else model, first) for first in firsts)
+        self._sums = {}
+        for part in parts:
+            self._sums = {name: self._sums[name] + sums if self._sums else sums for name, sums in part.items()}
+        numbers = means(self._task, self._sums[_MEANS], len(self.examples)) | self.metrics.numbers(self._sums)
+        if self._attack:
+            numbers[ADVERSARIAL] = int(self._sums[ADVERSARIAL]) / len(self.examples)
+        return numbers
+
+    def part(self, model: Params | None, first: int) -> dict[str, Tensor]:
+        """Add up what a batch of the test set says of a model.
+
+        Args:
+            model: global parameters; None: those of the call before.
+            first: position of the batch's first example.
+
+        Raises:
+            RunError: the task's code fails.
+        """
+        assert self.examples is not None
+        if model is not None:
+            load(self._model, model)
+        rows = slice(first, first + self._experiment.evaluation.batch_size)
+        batch, counts = Examples(self.examples.inputs[rows], self.examples.targets[rows]), Counts(self.metrics)
         try:
-            numbers = evaluate(self._model, self._task, self._examples, batch_size, self._counts)
-            numbers |= self._counts.numbers()
+            found = {_MEANS: add_up(self._model, self._task, batch, counts).cpu(), **counts.sums}
             if self._attack:
-                numbers |= self._attack.accuracy(self._model, self._task, self._examples, batch_size)
+                found[ADVERSARIAL] = torch.tensor(self._attack.withstood(self._model, self._task, batch, first))
         except Exception as error:
             raise raised("evaluating on the central test set", error, RunError) from error
-        return numbers
+        return found
 
     def confusion(self) -> list[list[int]]:
         """The confusion matrix of the model measured last; empty where it is not asked for."""
-        return self._counts.confusion() if self._examples else []
+        return self.metrics.confusion(self._sums)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ class Setup(NamedTuple):
     site: Site
     capacity: int  # bytes of the tensors of one message, in either direction
     flowing: bool = False  # clients start at any time, and not in step with the rounds
+    central: CentralTest | None = None
 
 
 EngineFactory = Callable[[Setup], AbstractContextManager[Engine]]
@@ -306,7 +307,7 @@ class _Simulation:
         beside = max(Arena.size_for(runner.share()), Arena.size_for(runner.extra(initial)))
         sums = Arena.size_for(central.metrics.blank(personal=True))
         largest = max(Arena.size_for(initial), exchange.largest(), sums)
-        setup = Setup(experiment, data, site, largest + beside, asynchrony is not None)
+        setup = Setup(experiment, data, site, largest + beside, asynchrony is not None, central)
         with backend.engine(setup) as engine:
             grid = SimulationGrid(engine, len(names))
             server = Server(
@@ -374,7 +375,7 @@ def _in_process(setup: Setup) -> Iterator[Engine]:
 
 @contextlib.contextmanager
 def _workers(pool: WorkerPool, setup: Setup) -> Iterator[Engine]:
-    yield Workers(pool, setup[:3], setup.capacity)
+    yield Workers(pool, setup[:3], setup.capacity, setup.central)
 
 
 def _worker_count(experiment: Experiment, device: torch.device) -> int:

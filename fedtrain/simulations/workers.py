@@ -23,12 +23,15 @@ from typing import Any
 import numpy.typing as npt
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
+from torch import Tensor
 
 from fedtrain import flower
 from fedtrain.client.app import Site, make_client_app
-from fedtrain.data.base import FederatedData
+from fedtrain.data.base import Examples, FederatedData
 from fedtrain.errors import RunError
 from fedtrain.experiment.sections import Experiment
+from fedtrain.params import Params
+from fedtrain.server.measuring import CentralTest
 from fedtrain.simulations.forkserver import worker_context
 from fedtrain.simulations.grid import answer
 from fedtrain.simulations.shared import Arena, Index, SharedFolder, dumps, shared_bytes
@@ -57,6 +60,24 @@ class _Parcel:
     message: Message  # without array records
     indices: dict[str, Index]
     loose: dict[str, dict[str, npt.NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch of the central test set, to be measured with a model that lies in an arena."""
+
+    slot: int
+    model: Index
+    first: int
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What a batch said of the model."""
+
+    slot: int
+    first: int
+    sums: dict[str, Tensor]
 
 
 class WorkerPool:
@@ -109,18 +130,26 @@ class Workers:
         pool: running processes.
         setup: experiment, data, and where clients train: what the ClientApp is built from.
         capacity: bytes of the tensors of one message, in either direction.
+        central: to be spread over the workers; None if there is none.
 
     Raises:
         RunError: there is no room for the shared memory, or a worker died.
     """
 
-    def __init__(self, pool: WorkerPool, setup: tuple[Experiment, FederatedData, Site], capacity: int) -> None:
+    def __init__(
+        self,
+        pool: WorkerPool,
+        setup: tuple[Experiment, FederatedData, Site],
+        capacity: int,
+        central: CentralTest | None = None,
+    ) -> None:
+        test = central.examples if central else None
         self._pool = pool
         self._sizes = setup[1].sizes()
         self._free: dict[Connection, list[int]] = {c: list(range(_DEPTH)) for c in pool.connections}
-        folder = SharedFolder(capacity * (1 + len(pool.connections) * _DEPTH) + shared_bytes(setup))
+        folder = SharedFolder(capacity * (1 + len(pool.connections) * _DEPTH) + shared_bytes((*setup, test)))
         try:
-            content = dumps(setup, folder.path)
+            content = dumps((*setup, test), folder.path)
             down = folder.path / "down"
             self._down = Arena(down, capacity)
             self._up: dict[Connection, list[Arena]] = {}
@@ -133,6 +162,8 @@ class Workers:
                 self._receive(connection)
         finally:
             folder.remove()
+        if central:
+            central.spread = self.measure
 
     def run(self, messages: Sequence[Message]) -> Iterator[Message]:
         """Yield replies as workers finish; the largest clients start first."""
@@ -142,16 +173,50 @@ class Workers:
         unfinished = set(waiting)
         while unfinished:
             self._dispatch(messages, jobs, waiting, min(unfinished))
-            for ready in wait(list(self._up)):
-                assert isinstance(ready, Connection)
-                parcel: _Parcel = self._receive(ready)
+            for ready, parcel in self._answers():
+                assert isinstance(parcel, _Parcel)
                 reply = _unpack(parcel, self._up[ready][parcel.slot], copy=True)
-                self._free[ready].append(parcel.slot)
                 position = position_of.get(reply.metadata.reply_to_message_id)
                 if position is not None:  # else it answers a batch that nobody reads any more
                     unfinished.discard(position)
                     self._dispatch(messages, jobs, waiting, min(unfinished, default=0))
                     yield reply
+
+    def measure(self, model: Params, firsts: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        """Yield what batches of the central test set say of a model, `CentralTest.part` of each, in this order.
+
+        Args:
+            model: global parameters.
+            firsts: position of each batch's first example.
+
+        Raises:
+            RunError: the task's code fails, or a worker died.
+        """
+        written = self._down.write(model)
+        assert written, "an arena holds a message, and so a model"
+        waiting = iter(firsts)
+        found: dict[int, dict[str, Tensor]] = {}
+        for wanted in firsts:
+            while wanted not in found:
+                while connection := self._idle():
+                    if (first := next(waiting, None)) is None:
+                        break
+                    self._send(connection, _Batch(self._free[connection].pop(), written[0], first))
+                found |= {a.first: a.sums for _, a in self._answers() if isinstance(a, _Sums)}
+            yield found.pop(wanted)
+
+    def _answers(self) -> Iterator[tuple[Connection, _Parcel | _Sums]]:
+        """Wait for answers, which may be to a batch of messages that nobody reads any more; note who is free."""
+        for ready in wait(list(self._up)):
+            assert isinstance(ready, Connection)
+            answer: _Parcel | _Sums = self._receive(ready)
+            self._free[ready].append(answer.slot)
+            yield ready, answer
+
+    def _idle(self) -> Connection | None:
+        """The worker with the shortest queue; None if all are full."""
+        connection = max(self._free, key=lambda c: len(self._free[c]))
+        return connection if self._free[connection] else None
 
     def _pack(self, messages: Sequence[Message]) -> list[_Parcel]:
         """Write the arrays of a batch into shared memory, each shared record once."""
@@ -177,7 +242,7 @@ class Workers:
     def _dispatch(self, messages: Sequence[Message], jobs: list[_Parcel], waiting: list[int], oldest: int) -> None:
         """Fill the workers' queues, evenly, from the clients within reach of the oldest unfinished one."""
         window = _WINDOW * len(self._up)
-        while waiting and (connection := max(self._free, key=lambda c: len(self._free[c]))) and self._free[connection]:
+        while waiting and (connection := self._idle()):
             reach = list(itertools.takewhile(lambda position: position < oldest + window, waiting))
             if not reach:
                 return
@@ -213,11 +278,14 @@ def _worker(connection: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         # These bytes come from the parent process over its private pipe, never from a peer.
-        setup: tuple[Experiment, FederatedData, Site] = pickle.loads(connection.recv())  # noqa: S301
+        setup: tuple[Experiment, FederatedData, Site, Examples | None]
+        setup = pickle.loads(connection.recv())  # noqa: S301
         place: _Place = connection.recv()
         try:
-            experiment, data, site = setup
-            app = make_client_app(experiment, experiment_task(experiment, data.spec, site.base), data, site)
+            experiment, data, site, test = setup
+            task = experiment_task(experiment, data.spec, site.base)
+            app = make_client_app(experiment, task, data, site)
+            central = CentralTest(experiment, task, data, site.device, test)
             client_ids = data.client_ids()
             down = Arena(Path(place.down), place.size)
             up = [Arena(Path(path), place.size) for path in place.up]
@@ -226,7 +294,10 @@ def _worker(connection: Connection, threads: int) -> None:
             return
         connection.send("ready")
         while True:
-            parcel: _Parcel = connection.recv()
+            parcel: _Parcel | _Batch = connection.recv()
+            if isinstance(parcel, _Batch):
+                connection.send(_measured(central, parcel, down))
+                continue
             message = _unpack(parcel, down, copy=False)
             reply = answer(app, message, client_ids[message.metadata.dst_node_id - 1])
             indices, loose = {}, {}
@@ -239,6 +310,13 @@ def _worker(connection: Connection, threads: int) -> None:
                     else:
                         loose[key] = _arrays(record)
             connection.send(_Parcel(parcel.slot, _without_arrays(reply), indices, loose))
+
+
+def _measured(central: CentralTest, batch: _Batch, down: Arena) -> _Sums | Exception:
+    try:
+        return _Sums(batch.slot, batch.first, central.part(down.read(batch.model), batch.first))
+    except Exception as error:  # told to the main process, which raises it
+        return error
 
 
 def _end_with_parent() -> None:

@@ -13,7 +13,7 @@ from fedtrain.errors import InputError
 from fedtrain.experiment.evaluation import AttackSection, PgdAttack
 from fedtrain.seeds import generator
 from fedtrain.tasks.base import Task
-from fedtrain.training.layout import in_layout, memory_format
+from fedtrain.training.layout import for_model
 from fedtrain.training.metrics.statistics import Batch
 
 __all__ = ["ADVERSARIAL", "Attack", "make_attack"]
@@ -43,32 +43,21 @@ class Attack:
     high: Tensor | None
     seed: int
 
-    def accuracy(self, model: nn.Module, task: Task, examples: Examples, batch_size: int) -> dict[str, float]:
-        """Measure the accuracy on attacked inputs.
+    def withstood(self, model: nn.Module, task: Task, batch: Examples, first: int) -> int:
+        """Count the examples that the model gets right although their inputs were changed.
 
         Args:
             model: on any device.
             task: its loss is what the attack makes large.
-            examples: may be empty.
-            batch_size: examples per pass.
-
-        Returns:
-            `adversarial-accuracy`; nothing for no examples.
+            batch: at least one example.
+            first: position of its first example among all, which names its random start.
         """
-        if not len(examples):
-            return {}
         model.eval()
-        device = next((t.device for t in model.parameters()), torch.device("cpu"))
-        right = 0
-        for first in range(0, len(examples), batch_size):
-            batch = slice(first, first + batch_size)
-            inputs = in_layout(examples.inputs[batch].to(device), memory_format(task))
-            targets = examples.targets[batch].to(device)
-            changed = self.change(model, task, Examples(inputs, targets), first)
-            with torch.inference_mode():
-                seen = Batch(changed, model(changed), targets)
-                right += int((seen.predicted == seen.labels).sum())
-        return {ADVERSARIAL: right / len(examples)}
+        batch = for_model(batch, model, task)
+        changed = self.change(model, task, batch, first)
+        with torch.inference_mode():
+            seen = Batch(changed, model(changed), batch.targets)
+            return int((seen.predicted == seen.labels).sum())
 
     def change(self, model: nn.Module, task: Task, examples: Examples, first: int) -> Tensor:
         """Change inputs so that the loss grows.

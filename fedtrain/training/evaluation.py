@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedtrain.data.base import Examples
 from fedtrain.tasks.base import Task
-from fedtrain.training.layout import in_layout, memory_format
+from fedtrain.training.layout import device_of, for_model
 from fedtrain.training.metrics.pooled import Counts
 from fedtrain.training.metrics.statistics import Batch
 
-__all__ = ["evaluate", "weighted_mean"]
+__all__ = ["add_up", "evaluate", "means", "weighted_mean"]
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module, task: Task, examples: Examples, batch_size: int, counts: Counts | None = None
 ) -> dict[str, float]:
@@ -36,20 +35,38 @@ def evaluate(
         counts.clear()
     if not len(examples):
         return {}
-    model.eval()
-    device = next((t.device for t in model.parameters()), torch.device("cpu"))
-    metrics = task.metrics()
-    sums = torch.zeros(1 + len(metrics), dtype=torch.float64, device=device)
+    sums = torch.zeros(1 + len(task.metrics()), dtype=torch.float64, device=device_of(model))
     for first in range(0, len(examples), batch_size):
-        inputs = in_layout(examples.inputs[first : first + batch_size].to(device), memory_format(task))
-        targets = examples.targets[first : first + batch_size].to(device)
-        outputs = model(inputs)
-        values = [task.loss(outputs, targets), *(metric(outputs, targets) for metric in metrics.values())]
-        sums += torch.stack([value.double().sum() for value in values])
-        if counts:
-            counts.add(Batch(inputs, outputs, targets))
-    means = (sums / len(examples)).tolist()
-    return dict(zip(["loss", *metrics], means, strict=True))
+        rows = slice(first, first + batch_size)
+        sums += add_up(model, task, Examples(examples.inputs[rows], examples.targets[rows]), counts)
+    return means(task, sums, len(examples))
+
+
+@torch.inference_mode()
+def add_up(model: nn.Module, task: Task, batch: Examples, counts: Counts | None = None) -> Tensor:
+    """Add up loss and metrics over a batch.
+
+    Args:
+        model: on any device; the examples are moved there.
+        task: gives loss and metrics.
+        batch: at least one example.
+        counts: takes the batch in; None where only these sums are asked for.
+
+    Returns:
+        The loss's sum and each metric's, float64 on the model's device: `(1 + metrics,)`.
+    """
+    model.eval()
+    batch = for_model(batch, model, task)
+    outputs = model(batch.inputs)
+    values = [f(outputs, batch.targets) for f in (task.loss, *task.metrics().values())]
+    if counts:
+        counts.add(Batch(batch.inputs, outputs, batch.targets))
+    return torch.stack([value.double().sum() for value in values])
+
+
+def means(task: Task, sums: Tensor, count: int) -> dict[str, float]:
+    """Take the means of what `add_up` has found over so many examples."""
+    return dict(zip(["loss", *task.metrics()], (sums / count).tolist(), strict=True))
 
 
 def weighted_mean(values: Iterable[tuple[Mapping[str, float], int]]) -> dict[str, float]:

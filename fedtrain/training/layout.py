@@ -1,13 +1,14 @@
-"""The memory layout of images."""
+"""Where a batch lies: on which device, and images in which memory layout."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedtrain.data.base import Examples
 from fedtrain.tasks.base import Task
 
-__all__ = ["in_layout", "memory_format"]
+__all__ = ["device_of", "for_model", "in_layout", "memory_format"]
 
 
 def memory_format(task: Task) -> torch.memory_format:
@@ -22,3 +23,14 @@ def memory_format(task: Task) -> torch.memory_format:
 def in_layout(inputs: Tensor, layout: torch.memory_format) -> Tensor:
     """Lay out a batch of images `(B, C, H, W)`; all else is left as it is."""
     return inputs.contiguous(memory_format=layout) if inputs.dim() == 4 else inputs
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a model lies on; the CPU for one without parameters."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def for_model(batch: Examples, model: nn.Module, task: Task) -> Examples:
+    """Bring a batch to a model's device, in the layout of its task."""
+    device = device_of(model)
+    return Examples(in_layout(batch.inputs.to(device), memory_format(task)), batch.targets.to(device))

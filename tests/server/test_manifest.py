@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedtrain.cli.progress import RunObserver
 from fedtrain.errors import InterruptedRunError, RunError, RunFolderError
 from fedtrain.rundir import RunFolder
-from fedtrain.training.evaluation import evaluate
+from fedtrain.training.evaluation import add_up
 
 OWN_TASK = """
 from torch import nn
@@ -141,13 +142,13 @@ def test_other_data_are_refused(
 def test_a_fault_in_central_evaluation_is_one_error_and_the_run_resumes(tiny: Path, simulated: Simulated) -> None:
     calls = itertools.count()
 
-    def failing(*arguments: Any) -> dict[str, float]:
+    def failing(*arguments: Any) -> torch.Tensor:
         if next(calls) == 2:  # after rounds 0 and 1
             raise ValueError("no such tumour")
-        return evaluate(*arguments)
+        return add_up(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedtrain.server.measuring.evaluate", failing)
+        patch.setattr("fedtrain.server.measuring.add_up", failing)
         with pytest.raises(
             RunError, match=r"evaluating on the central test set failed at .*: ValueError: no such tumour"
         ):

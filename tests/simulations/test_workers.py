@@ -3,6 +3,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fedtrain.data.federated import PartitionedData, build
 from fedtrain.errors import RunError
 from fedtrain.experiment.sections import Experiment
 from fedtrain.params import Params, exchanged, snapshot
+from fedtrain.server.measuring import CentralTest
 from fedtrain.simulations import workers
 from fedtrain.simulations.grid import InProcess, SimulationGrid
 from fedtrain.simulations.shared import Arena
@@ -175,5 +177,62 @@ def test_a_worker_that_was_killed_while_idle_is_named(data: PartitionedData, set
         asked = asking("train", flower.array_record(setting.params))
         with pytest.raises(RunError, match=r"a worker process died: got exit code -9.*the same command resumes"):
             list(SimulationGrid(engine, COUNT).send_and_receive(asked))
+    finally:
+        pool.close()
+
+
+MEASURED = {
+    **EXPERIMENT.model_dump(),
+    "evaluation": {
+        "batch_size": 50,
+        "metrics": ["auroc", "calibration-error", "perplexity"],
+        "attack": {"name": "pgd", "epsilon": 0.1},
+    },
+}
+
+
+def test_workers_measure_the_central_test_alike(setting: Setting) -> None:
+    """To the last bit, although they share its batches, and with any batch of the attack's random starts."""
+    experiment = Experiment.model_validate(MEASURED)
+    task, examples = make_task(experiment.task, setting.data.spec, Path()), setting.data.central_test()
+    alone, spread = (CentralTest(experiment, task, setting.data, SITE.device, examples) for _ in range(2))
+    pool = WorkerPool(2, threads=1)
+    try:
+        Workers(pool, (experiment, setting.data, SITE), Arena.size_for(setting.params), spread)
+        for params in (setting.params, {name: t * 2 for name, t in setting.params.items()}):
+            expected = alone.measure(params)
+            with mock.patch.object(spread, "part", side_effect=AssertionError("the main process measures nothing")):
+                assert spread.measure(params) == expected
+            assert {"loss", "auroc", "perplexity", "adversarial-accuracy"} < {*expected}
+    finally:
+        pool.close()
+
+
+def test_a_task_that_fails_on_the_central_test_ends_the_run(setting: Setting, tmp_path: Path) -> None:
+    code = """
+from torch import nn
+from fedtrain.tasks import Classification
+
+class Odd(Classification):
+    def __init__(self, spec):
+        pass
+
+    def model(self):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def loss(self, outputs, targets):
+        return 1 // 0
+"""
+    (tmp_path / "odd.py").write_text(code)
+    experiment = Experiment.model_validate({**MEASURED, "task": {"name": "odd.py:Odd"}})
+    site = Site(tmp_path, SITE.states, SITE.device)
+    task = make_task(experiment.task, setting.data.spec, tmp_path)
+    central = CentralTest(experiment, task, setting.data, SITE.device, setting.data.central_test())
+    pool = WorkerPool(1, threads=1)
+    try:
+        params = snapshot(exchanged(build_model(task, 1)))
+        Workers(pool, (experiment, setting.data, site), Arena.size_for(params), central)
+        with pytest.raises(RunError, match=r"evaluating on the central test set .*odd\.py"):
+            central.measure(params)
     finally:
         pool.close()
