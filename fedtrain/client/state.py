@@ -76,7 +76,8 @@ class ClientState:
                 old.unlink(missing_ok=True)
 
     def _versions(self, client_id: str) -> list[Path]:
-        return sorted(self._place(client_id).glob("round-*.safetensors"))
+        place = self._place(client_id)
+        return sorted(place.glob("round-*.safetensors")) if place.is_dir() else []  # most clients keep nothing
 
     def _place(self, client_id: str) -> Path:
         name = quote(client_id, safe="")

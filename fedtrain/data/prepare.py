@@ -187,8 +187,9 @@ def prepare(inputs: Tensor, moments: Moments | None) -> Tensor:
     values = inputs.to(torch.float32)
     if inputs.dtype == torch.uint8:
         values.div_(255)
-    if moments is not None:
-        values = (values - moments.mean).div_(moments.std)
+    if moments is not None:  # in place where the tensor is new: fresh memory costs more than the arithmetic
+        values = values - moments.mean if values is inputs else values.sub_(moments.mean)
+        values.div_(moments.std)
     return values
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedtrain.params import Params, l2_norm
+from fedtrain.params import Params
 from fedtrain.seeds import generator
 
 __all__ = ["Drift", "Sketcher"]
@@ -20,7 +19,8 @@ _WIDTH = 4096  # numbers of a sketch: cosines are right to about 1 / sqrt(width)
 class Sketcher:
     """Projects updates so that inner products are kept: every entry has a random sign, and every 4096th is added up.
 
-    A sketch is linear, so the sketch of a mean is the mean of the sketches, and no update has to be kept.
+    A sketch is linear, so the sketch of a mean is the mean of the sketches, and no update has to be kept. Norms are
+    those of the sketches too, so that an update has a cosine of 1 with itself.
 
     Args:
         like: names and shapes of what counts: trained tensors, no buffers.
@@ -33,18 +33,13 @@ class Sketcher:
         rng = generator(0, "sketch")  # the same in every run: it decides nothing
         self._signs = {name: torch.from_numpy(_signs(rng, t.numel())) for name, t in like.items()}
 
-    @property
-    def names(self) -> Collection[str]:
-        """Of the tensors that count."""
-        return self._signs.keys()
-
     def sketch(self, update: Params) -> Tensor:
         """Project an update to 4096 numbers in float64."""
         total = torch.zeros(_WIDTH, dtype=torch.float64)
         for name, signs in self._signs.items():
             signed = update[name].reshape(-1).float() * signs
             whole = len(signed) // _WIDTH * _WIDTH
-            total += signed[:whole].view(-1, _WIDTH).sum(0, dtype=torch.float64)
+            total += signed[:whole].view(-1, _WIDTH).sum(0)
             total[: len(signed) - whole] += signed[whole:]
         return total
 
@@ -58,12 +53,12 @@ class Drift:
 
     def __init__(self, sketcher: Sketcher) -> None:
         self._sketcher = sketcher
-        self._seen: list[tuple[str, Tensor, float]] = []  # client, sketch, norm
+        self._seen: list[tuple[str, Tensor, float]] = []  # client, sketch, its norm
 
     def add(self, client: str, update: Params) -> None:
-        """Take in an update that was used."""
-        trained = {name: update[name] for name in self._sketcher.names}
-        self._seen.append((client, self._sketcher.sketch(trained), l2_norm(trained)))
+        """Take in an update that was used; tensors that do not count may be with it."""
+        one = self._sketcher.sketch(update)
+        self._seen.append((client, one, float(one.norm())))
 
     def clients(self) -> dict[str, tuple[float, float]]:
         """Client -> cosine between its update and the mean, and its norm over that of the mean; the last update counts.
