@@ -12,7 +12,15 @@ from pydantic import ValidationError
 from fedtrain.errors import Fault, nearest, shorten
 from fedtrain.experiment.schema import allowed, inline, key_text, positions, schema_tree, variants
 
-__all__ = ["faults_of"]
+__all__ = ["ELSEWHERE", "faults_of"]
+
+ELSEWHERE = {
+    "dataset": "data.name",
+    "epochs": "training.local_epochs",
+    "learning_rate": "training.optimizer.lr",
+    "num_clients": "data.clients",
+}
+"""Keys by the names that other tools have for them, where the nearest key is another or none."""
 
 _ABSENT = object()
 _LONGEST_LIST = 160  # characters of allowed keys that are still worth reading
@@ -96,11 +104,11 @@ def _fault(item: Any, place: _Place, tree: dict[str, Any]) -> tuple[Fault, list[
         path, chosen = f"{place.path}.{tag}", got.get(tag, _ABSENT)
         shown = "nothing" if chosen is _ABSENT else shorten(inline(chosen))
         return Fault(path, shown, f"one of: {', '.join(tables)}", nearest(chosen, tables, otherwise="")), [path]
-    hint = nearest(got, place.node.get("enum", ()), otherwise="")
+    hint = nearest(got, place.node.get("enum", ()), otherwise="") or _as_meant(got, place)
     if item["type"] == "string_pattern_mismatch" and "examples" not in place.node:
         hint = place.node["description"]
     if "properties" in place.node:
-        hint = _elsewhere(place, tree)
+        hint = hint or _elsewhere(place, tree)
     return Fault(place.path, shorten(inline(got)), allowed(place.node), hint), involved
 
 
@@ -120,8 +128,22 @@ def _unknown_key(place: _Place, tree: dict[str, Any]) -> Fault:
 
 def _elsewhere(place: _Place, tree: dict[str, Any]) -> str:
     """Name the places where a key of that name belongs."""
+    if place.key in ELSEWHERE:
+        return f"Did you mean {ELSEWHERE[place.key]}?"
     paths = dict.fromkeys(path for key, path, _ in positions(tree) if key == place.key and path != place.path)
     return f"Did you mean {' or '.join(paths)}?" if paths else ""
+
+
+def _as_meant(got: Any, place: _Place) -> str:
+    """Write out the table that is meant by its name alone, or the list by its only member."""
+    is_list = place.node.get("type") == "array"
+    node = place.node.get("items", {}) if is_list else place.node
+    tag, tables = variants(node)
+    key = tag or ("name" if "name" in node.get("properties", {}) else "")
+    if not isinstance(got, str) or (tables and got not in tables) or not (key or is_list):
+        return ""
+    meant = inline({key: got} if key else got)
+    return f"Write {place.path} = {f'[{meant}]' if is_list else meant}."
 
 
 def _contradiction(message: str, section: Any, place: _Place) -> tuple[Fault, list[str]]:

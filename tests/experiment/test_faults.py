@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from fedtrain.errors import ExperimentError
 from fedtrain.experiment import Experiment, load
-from fedtrain.experiment.faults import faults_of
+from fedtrain.experiment.faults import ELSEWHERE, faults_of
 from fedtrain.experiment.schema import positions, schema_tree
 
 MINIMAL = '[data]\nname = "digits"\nclients = 5\n'
@@ -167,6 +167,10 @@ def test_a_missing_section_is_a_fault(faults):
         ("batch_size = 8\n", "batch_size", "Did you mean training.batch_size or evaluation.batch_size?"),
         ("clients = 100\n", "clients", "Did you mean data.clients?"),
         ("training.optimiser.lr = 0.1\n", "training.optimiser", "Did you mean optimizer?"),
+        ("training.learning_rate = 1\n", "training.learning_rate", "Did you mean training.optimizer.lr?"),
+        ("epochs = 3\n", "epochs", "Did you mean training.local_epochs?"),
+        (MINIMAL + 'dataset = "mnist"\n', "data.dataset", "Did you mean data.name?"),
+        ("num_rounds = 3\n", "num_rounds", "Did you mean rounds?"),
         ("foobar = 1\n", "foobar", ""),
         (MINIMAL + "partition.alpha = 3\n", "data.partition.alpha", "alpha goes with kind = dirichlet or quantity."),
         (MINIMAL + 'partition.kind = "dirichlett"\n', "data.partition.kind", "Did you mean dirichlet?"),
@@ -182,6 +186,29 @@ def test_a_missing_section_is_a_fault(faults):
 )
 def test_the_nearest_key_or_value_is_named(faults, text, path, hint):
     assert faults(text if "[data]" in text else text + MINIMAL)[path].hint == hint
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "hint"),
+    [
+        ("training.schedule", '"cosine"', 'Write training.schedule = { name = "cosine" }.'),
+        ("training.schedule", '"cosines"', ""),
+        ("training.augment", '"flip"', 'Write training.augment = [{ name = "flip" }].'),
+        ("privacy", '"client"', 'Write privacy = { unit = "client" }.'),
+        ("task", '"mlp"', 'Write task = { name = "mlp" }.'),
+        ("compression.up", '"int8"', 'Write compression.up = ["int8"].'),
+        ("compression.up", "8", ""),
+        ("model", '"resnet18-gn"', ""),
+    ],
+)
+def test_what_is_meant_by_its_name_alone_is_written_out(faults, path, text, hint):
+    assert faults(f"{path} = {text}\n{MINIMAL}")[path].hint == hint
+
+
+def test_keys_by_the_names_of_other_tools_exist():
+    paths = {path for _, path, _ in positions(schema_tree())}
+    assert set(ELSEWHERE.values()) <= paths
+    assert not {key for key, *_ in positions(schema_tree())} & set(ELSEWHERE)
 
 
 def test_an_unknown_key_lists_the_allowed_ones(faults):
