@@ -4,7 +4,7 @@ Needs the data root in FEDTRAIN_DATA. Everything is seeded: on one machine the f
 Ends with exit code 1 if a figure is missed.
 
 Run: python benchmarks/paper.py [mnist] [heart] [fashion] [stragglers] [scaffold] [fednova] [feddyn] [attack] [personal]
-         [transfer] [early] [fairness] [language] [anomaly]
+         [transfer] [few-labels] [early] [fairness] [language] [anomaly]
 
 References:
     McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017.

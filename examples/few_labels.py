@@ -20,7 +20,8 @@ def load(source: str = "digits", labelled: float = 0.05, unlabelled: str = "keep
     Args:
         source: a built-in source; those with files are read from the folder FEDTRAIN_DATA.
         labelled: share of the training examples that keep their label.
-        unlabelled: keep the others, or drop them: then there is a class less.
+        unlabelled: "keep" the others; "drop" them, and their class; or "empty" that class alone, so that a model of the
+            labelled examples is a start for one of all.
         test: examples set apart, with their labels, where the source has no test set of its own.
     """
     root = os.environ.get("FEDTRAIN_DATA")
@@ -39,7 +40,10 @@ def load(source: str = "digits", labelled: float = 0.05, unlabelled: str = "keep
     known = torch.from_numpy(rng.permutation(len(data.targets)))[: round(labelled * len(data.targets))]
     if unlabelled == "drop":
         return replace(data, inputs=data.inputs[known], targets=data.targets[known])
-    targets = torch.full_like(data.targets, data.spec.num_classes)
-    targets[known] = data.targets[known]
     names = (*data.spec.class_names, "unlabelled")
-    return replace(data, spec=replace(data.spec, num_classes=len(names), class_names=names), targets=targets)
+    data = replace(data, spec=replace(data.spec, num_classes=len(names), class_names=names))
+    if unlabelled == "empty":
+        return replace(data, inputs=data.inputs[known], targets=data.targets[known])
+    targets = torch.full_like(data.targets, len(names) - 1)
+    targets[known] = data.targets[known]
+    return replace(data, targets=targets)

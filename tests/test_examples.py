@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,3 +59,16 @@ def test_a_probe_starts_from_the_pre_trained_encoder(run: Callable[..., RunFolde
     probe = run("linear-probe", "rounds=1", "training.local_epochs=1", start)
     kept = encoder.read_model()["encoder.fc1.weight"]
     assert probe.read_model()["encoder.fc1.weight"].equal(kept)
+
+
+def test_pseudo_labels_go_on_from_a_model_of_the_labelled_rows(
+    run: Callable[..., RunFolder], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The class of no label stays where its rows are left out, so the shapes are the same."""
+    place = tmp_path_factory.mktemp("first")
+    alone = ["task={name='mlp', options={hidden=[128]}}", "data.options={labelled=0.05, unlabelled='empty'}"]
+    first = run("semi-supervised", "rounds=15", *alone)
+    first.model.rename(place / "start.safetensors")
+    shutil.rmtree(first.path)
+    records = run("semi-supervised", "rounds=1", f"model.start={place / 'start.safetensors'}").read_rounds()
+    assert records[0].central["accuracy"] > 0.5  # of the start; an untrained model guesses one in ten
