@@ -128,7 +128,8 @@ def _unknown_key(place: _Place, tree: dict[str, Any]) -> Fault:
 
 def _elsewhere(place: _Place, tree: dict[str, Any]) -> str:
     """Name the places where a key of that name belongs."""
-    if place.key in ELSEWHERE:
+    # In a table such as [strategy] it may be a key of that table by another name.
+    if place.key in ELSEWHERE and place.path.rpartition(".")[0] in ("", "task", "data", "clients", "training"):
         return f"Did you mean {ELSEWHERE[place.key]}?"
     paths = dict.fromkeys(path for key, path, _ in positions(tree) if key == place.key and path != place.path)
     return f"Did you mean {' or '.join(paths)}?" if paths else ""
@@ -136,11 +137,14 @@ def _elsewhere(place: _Place, tree: dict[str, Any]) -> str:
 
 def _as_meant(got: Any, place: _Place) -> str:
     """Write out the table that is meant by its name alone, or the list by its only member."""
+    if not isinstance(got, str) or got != shorten(got):
+        return ""
     is_list = place.node.get("type") == "array"
     node = place.node.get("items", {}) if is_list else place.node
     tag, tables = variants(node)
     key = tag or ("name" if "name" in node.get("properties", {}) else "")
-    if not isinstance(got, str) or (tables and got not in tables) or not (key or is_list):
+    is_text = is_list and node.get("type") == "string" and got in node.get("enum", [got])
+    if (tables and got not in tables) or not (key or is_text) or not re.search(node.get("pattern", ""), got):
         return ""
     meant = inline({key: got} if key else got)
     return f"Write {place.path} = {f'[{meant}]' if is_list else meant}."

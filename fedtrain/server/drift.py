@@ -20,7 +20,8 @@ class Sketcher:
     """Projects updates so that inner products are kept: every entry has a random sign, and every 4096th is added up.
 
     A sketch is linear, so the sketch of a mean is the mean of the sketches, and no update has to be kept. Norms are
-    those of the sketches too, so that an update has a cosine of 1 with itself.
+    those of the sketches too, so that an update has a cosine of 1 with itself; they are as exact as cosines are, but
+    for updates of a few entries, which may fall together.
 
     Args:
         like: names and shapes of what counts: trained tensors, no buffers.

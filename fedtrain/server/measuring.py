@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +26,7 @@ from fedtrain.tasks.base import Task
 from fedtrain.training.attacks import ADVERSARIAL, make_attack
 from fedtrain.training.evaluation import add_up, means, weighted_mean
 from fedtrain.training.inspection import activations, weights_and_changes
-from fedtrain.training.layout import in_layout, memory_format
+from fedtrain.training.layout import for_model
 from fedtrain.training.loop import build_model
 from fedtrain.training.metrics.pooled import Counts, PooledMetrics, common_scaling, make_metrics
 
@@ -84,13 +85,18 @@ class CentralTest:
         found = weights_and_changes(after, before)
         if self.examples is not None and len(self.examples):
             load(self._model, after)
-            inputs = self.examples.inputs[:_LOOKED_AT].to(self._device)
-            found |= activations(self._model, in_layout(inputs, memory_format(self._task)))
+            seen = Examples(self.examples.inputs[:_LOOKED_AT], self.examples.targets[:_LOOKED_AT])
+            found |= activations(self._model, for_model(seen, self._model, self._task).inputs)
         return found
 
     @cached_property
     def _model(self) -> nn.Module:
         return build_model(self._task, self._experiment.seed).to(self._device)
+
+    @property
+    def batches(self) -> int:
+        """In how many pieces the test set is measured."""
+        return math.ceil(len(self.examples or ()) / self._experiment.evaluation.batch_size)
 
     @property
     def names(self) -> list[str]:
@@ -103,14 +109,14 @@ class CentralTest:
         Raises:
             RunError: the task's code fails.
         """
+        self._sums = {}
         if not self.examples:
             return {}
         firsts = range(0, len(self.examples), self._experiment.evaluation.batch_size)
-        if self.spread and len(firsts) > 1:
+        if self.spread and self.batches > 1:
             parts = self.spread(model, firsts)
         else:
             parts = (self.part(None if first else model, first) for first in firsts)
-        self._sums = {}
         for part in parts:
             self._sums = {name: self._sums[name] + sums if self._sums else sums for name, sums in part.items()}
         numbers = means(self._task, self._sums[_MEANS], len(self.examples)) | self.metrics.numbers(self._sums)
@@ -134,6 +140,7 @@ class CentralTest:
         rows = slice(first, first + self._experiment.evaluation.batch_size)
         batch, counts = Examples(self.examples.inputs[rows], self.examples.targets[rows]), Counts(self.metrics)
         try:
+            batch = for_model(batch, self._model, self._task)
             found = {_MEANS: add_up(self._model, self._task, batch, counts).cpu(), **counts.sums}
             if self._attack:
                 found[ADVERSARIAL] = torch.tensor(self._attack.withstood(self._model, self._task, batch, first))

@@ -40,7 +40,7 @@ from fedtrain.tasks.adapted import experiment_task
 __all__ = ["WorkerPool", "Workers"]
 
 _DEPTH = 2  # jobs per worker: one running, one waiting, so that a busy server does not keep a worker idle
-_WINDOW = 8  # clients per worker among which the largest goes first; bounds how many updates can come early
+_WINDOW = 8  # clients per worker among which the largest goes first; bounds how many answers can come early
 
 
 @dataclass(frozen=True)
@@ -53,31 +53,54 @@ class _Place:
 
 
 @dataclass(frozen=True)
+class _Tensors:
+    """Tensors on their way between processes: in an arena, or along with this where they do not fit."""
+
+    index: Index
+    loose: dict[str, npt.NDArray[Any]]
+
+    @classmethod
+    def put(cls, tensors: Params, arena: Arena, offset: int = 0) -> tuple[_Tensors, int]:
+        """Write them from `offset` on; also return the first free offset."""
+        done = arena.write(tensors, offset)
+        if done is None:
+            return cls({}, {name: t.numpy() for name, t in tensors.items()}), offset
+        return cls(done[0], {}), done[1]
+
+    def get(self, arena: Arena, *, copy: bool) -> dict[str, Tensor]:
+        """Read them: as views of the arena, or as copies where it will be written again."""
+        views = arena.read(self.index)
+        there = {name: t.clone() for name, t in views.items()} if copy else views
+        return there | {name: torch.from_numpy(array) for name, array in self.loose.items()}
+
+
+@dataclass(frozen=True)
 class _Parcel:
-    """A message on its way between processes; its arrays lie in an arena, or come along where they do not fit."""
+    """A message on its way between processes, and its array records."""
 
     slot: int
     message: Message  # without array records
-    indices: dict[str, Index]
-    loose: dict[str, dict[str, npt.NDArray[Any]]]
+    records: dict[str, _Tensors]
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """A batch of the central test set, to be measured with a model that lies in an arena."""
+    """A batch of the central test set, to be measured."""
 
     slot: int
-    model: Index
+    ticket: int  # of the measurement
+    model: _Tensors
     first: int
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """What a batch said of the model."""
+    """What a batch says of the model, or why it could not be measured."""
 
     slot: int
+    ticket: int
     first: int
-    sums: dict[str, Tensor]
+    sums: _Tensors | Exception
 
 
 class WorkerPool:
@@ -143,8 +166,9 @@ class Workers:
         capacity: int,
         central: CentralTest | None = None,
     ) -> None:
-        test = central.examples if central else None
+        test = central.examples if central and central.batches > 1 else None
         self._pool = pool
+        self._tickets = itertools.count()
         self._sizes = setup[1].sizes()
         self._free: dict[Connection, list[int]] = {c: list(range(_DEPTH)) for c in pool.connections}
         folder = SharedFolder(capacity * (1 + len(pool.connections) * _DEPTH) + shared_bytes((*setup, test)))
@@ -174,7 +198,8 @@ class Workers:
         while unfinished:
             self._dispatch(messages, jobs, waiting, min(unfinished))
             for ready, parcel in self._answers():
-                assert isinstance(parcel, _Parcel)
+                if not isinstance(parcel, _Parcel):
+                    continue  # it answers a measurement that nobody reads any more
                 reply = _unpack(parcel, self._up[ready][parcel.slot], copy=True)
                 position = position_of.get(reply.metadata.reply_to_message_id)
                 if position is not None:  # else it answers a batch that nobody reads any more
@@ -192,21 +217,26 @@ class Workers:
         Raises:
             RunError: the task's code fails, or a worker died.
         """
-        written = self._down.write(model)
-        assert written, "an arena holds a message, and so a model"
-        waiting = iter(firsts)
+        ticket = next(self._tickets)
+        tensors, _ = _Tensors.put(model, self._down)
+        asked, window = 0, _WINDOW * len(self._up)
         found: dict[int, dict[str, Tensor]] = {}
-        for wanted in firsts:
+        for position, wanted in enumerate(firsts):
             while wanted not in found:
-                while connection := self._idle():
-                    if (first := next(waiting, None)) is None:
-                        break
-                    self._send(connection, _Batch(self._free[connection].pop(), written[0], first))
-                found |= {a.first: a.sums for _, a in self._answers() if isinstance(a, _Sums)}
+                while asked < min(len(firsts), position + window) and (connection := self._idle()):
+                    slot = self._free[connection].pop()
+                    self._send(connection, _Batch(slot, ticket, tensors, firsts[asked]))
+                    asked += 1
+                for ready, said in self._answers():
+                    if not isinstance(said, _Sums) or said.ticket != ticket:
+                        continue  # of what nobody reads any more
+                    if isinstance(said.sums, Exception):
+                        raise said.sums
+                    found[said.first] = said.sums.get(self._up[ready][said.slot], copy=True)
             yield found.pop(wanted)
 
     def _answers(self) -> Iterator[tuple[Connection, _Parcel | _Sums]]:
-        """Wait for answers, which may be to a batch of messages that nobody reads any more; note who is free."""
+        """Wait for answers, which may be to what nobody reads any more; note who is free."""
         for ready in wait(list(self._up)):
             assert isinstance(ready, Connection)
             answer: _Parcel | _Sums = self._receive(ready)
@@ -220,23 +250,16 @@ class Workers:
 
     def _pack(self, messages: Sequence[Message]) -> list[_Parcel]:
         """Write the arrays of a batch into shared memory, each shared record once."""
-        written: dict[int, tuple[Index, None] | tuple[None, dict[str, npt.NDArray[Any]]]] = {}
+        written: dict[int, _Tensors] = {}
         offset = 0
         parcels = []
         for message in messages:
-            indices, loose = {}, {}
-            for key, record in message.content.array_records.items():
+            records = message.content.array_records
+            for record in records.values():
                 if id(record) not in written:
-                    done = self._down.write(flower.tensors(record), offset)
-                    if done:
-                        index, offset = done
-                    written[id(record)] = (index, None) if done else (None, _arrays(record))
-                found, carried = written[id(record)]
-                if found is not None:
-                    indices[key] = found
-                elif carried is not None:
-                    loose[key] = carried
-            parcels.append(_Parcel(0, _without_arrays(message), indices, loose))
+                    written[id(record)], offset = _Tensors.put(flower.tensors(record), self._down, offset)
+            places = {key: written[id(record)] for key, record in records.items()}
+            parcels.append(_Parcel(0, _without_arrays(message), places))
         return parcels
 
     def _dispatch(self, messages: Sequence[Message], jobs: list[_Parcel], waiting: list[int], oldest: int) -> None:
@@ -296,27 +319,23 @@ def _worker(connection: Connection, threads: int) -> None:
         while True:
             parcel: _Parcel | _Batch = connection.recv()
             if isinstance(parcel, _Batch):
-                connection.send(_measured(central, parcel, down))
+                connection.send(_measured(central, parcel, down, up[parcel.slot]))
                 continue
             message = _unpack(parcel, down, copy=False)
             reply = answer(app, message, client_ids[message.metadata.dst_node_id - 1])
-            indices, loose = {}, {}
-            if reply.has_content():
-                offset = 0
-                for key, record in reply.content.array_records.items():
-                    done = up[parcel.slot].write(flower.tensors(record), offset)
-                    if done:
-                        indices[key], offset = done
-                    else:
-                        loose[key] = _arrays(record)
-            connection.send(_Parcel(parcel.slot, _without_arrays(reply), indices, loose))
+            records, offset = {}, 0
+            for key, record in reply.content.array_records.items() if reply.has_content() else ():
+                records[key], offset = _Tensors.put(flower.tensors(record), up[parcel.slot], offset)
+            connection.send(_Parcel(parcel.slot, _without_arrays(reply), records))
 
 
-def _measured(central: CentralTest, batch: _Batch, down: Arena) -> _Sums | Exception:
+def _measured(central: CentralTest, batch: _Batch, down: Arena, up: Arena) -> _Sums:
+    sums: _Tensors | Exception
     try:
-        return _Sums(batch.slot, batch.first, central.part(down.read(batch.model), batch.first))
+        sums, _ = _Tensors.put(central.part(batch.model.get(down, copy=False), batch.first), up)
     except Exception as error:  # told to the main process, which raises it
-        return error
+        sums = error
+    return _Sums(batch.slot, batch.ticket, batch.first, sums)
 
 
 def _end_with_parent() -> None:
@@ -335,15 +354,7 @@ def _without_arrays(message: Message) -> Message:
 
 
 def _unpack(parcel: _Parcel, arena: Arena, *, copy: bool) -> Message:
-    """Put a parcel's arrays back into its message: views of the arena, or copies where it will be written again."""
-    message = parcel.message
-    for key, index in parcel.indices.items():
-        views = arena.read(index)
-        message.content[key] = flower.array_record({n: t.clone() for n, t in views.items()} if copy else views)
-    for key, arrays in parcel.loose.items():
-        message.content[key] = flower.array_record({n: torch.from_numpy(a) for n, a in arrays.items()})
-    return message
-
-
-def _arrays(record: ArrayRecord) -> dict[str, npt.NDArray[Any]]:
-    return {name: array.numpy() for name, array in record.items()}
+    """Put a parcel's array records back into its message."""
+    for key, tensors in parcel.records.items():
+        parcel.message.content[key] = flower.array_record(tensors.get(arena, copy=copy))
+    return parcel.message

@@ -57,7 +57,9 @@ def test_pixels_and_tokens() -> None:
 
 def test_given_scaling_is_per_feature_or_per_channel() -> None:
     moments = given_moments(GivenScaling(mean=[1.0, 2.0], std=[2.0]), (2,))
-    assert prepare(torch.tensor([[3.0, 6.0]]), moments).tolist() == [[1.0, 2.0]]
+    rows = torch.tensor([[3.0, 6.0]])
+    assert prepare(rows, moments).tolist() == [[1.0, 2.0]]
+    assert rows.tolist() == [[3.0, 6.0]], "they are the data set's own"
     assert given_moments(GivenScaling(mean=[1, 2, 3], std=[1, 1, 1]), (3, 8, 8)).mean.shape == (3, 1, 1)
     with pytest.raises(DataError, match=r"2 numbers; expected 1, or 3: one per feature"):
         given_moments(GivenScaling(mean=[1, 2], std=[1]), (3,))

@@ -169,6 +169,7 @@ def test_a_missing_section_is_a_fault(faults):
         ("training.optimiser.lr = 0.1\n", "training.optimiser", "Did you mean optimizer?"),
         ("training.learning_rate = 1\n", "training.learning_rate", "Did you mean training.optimizer.lr?"),
         ("epochs = 3\n", "epochs", "Did you mean training.local_epochs?"),
+        ('strategy = { name = "fedadam", learning_rate = 1 }\n', "strategy.learning_rate", ""),
         (MINIMAL + 'dataset = "mnist"\n', "data.dataset", "Did you mean data.name?"),
         ("num_rounds = 3\n", "num_rounds", "Did you mean rounds?"),
         ("foobar = 1\n", "foobar", ""),
@@ -198,6 +199,9 @@ def test_the_nearest_key_or_value_is_named(faults, text, path, hint):
         ("task", '"mlp"', 'Write task = { name = "mlp" }.'),
         ("compression.up", '"int8"', 'Write compression.up = ["int8"].'),
         ("compression.up", "8", ""),
+        ("compression.up", '"topk"', ""),
+        ("evaluation.metrics", '"acuracy"', ""),
+        ("training.augment", f'"{"x" * 100}"', ""),
         ("model", '"resnet18-gn"', ""),
     ],
 )

@@ -152,10 +152,10 @@ def test_a_fault_in_central_evaluation_is_one_error_and_the_run_resumes(tiny: Pa
         with pytest.raises(
             RunError, match=r"evaluating on the central test set failed at .*: ValueError: no such tumour"
         ):
-            simulated(tiny, "run", "run.checkpoint_seconds=1000")
+            simulated(tiny, "run", "run.checkpoint_seconds=1000", "evaluation.batch_size=1000")  # all in one batch
     folder = tiny.parent / "run"
     assert RunFolder(folder).read_manifest().status == "failed"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["round-0000001.safetensors"]
-    _, notices = simulated(tiny, "run")
+    _, notices = simulated(tiny, "run", "evaluation.batch_size=1000")
     assert notices == ["resuming after round 1 of 4 rounds"]
     assert rounds(folder) == [0, 1, 2, 3, 4]

@@ -14,16 +14,18 @@ from flwr.app import Array, ArrayRecord
 from sklearn import metrics as sk
 
 from fedtrain import flower, wire
+from fedtrain.data.base import Examples
 from fedtrain.data.federated import PartitionedData, build
 from fedtrain.errors import InputError
 from fedtrain.experiment import load
 from fedtrain.experiment.sections import Experiment
-from fedtrain.params import Params
+from fedtrain.params import Params, exchanged
 from fedtrain.records import RoundRecord
 from fedtrain.server.gate import measurement_objection
 from fedtrain.server.measuring import CentralTest
 from fedtrain.simulations.outlook import outlook
 from fedtrain.tasks.adapted import experiment_task
+from fedtrain.training.attacks import make_attack
 from fedtrain.training.loop import build_model
 from fedtrain.training.metrics.pooled import NONE, common_scaling, make_metrics
 
@@ -116,8 +118,34 @@ def test_the_central_test_is_measured_alike(tiny: Path) -> None:
     assert confusion.sum() == len(examples)
     assert confusion.trace() / len(examples) == pytest.approx(found["accuracy"])
     assert found["adversarial-accuracy"] < found["accuracy"]
-    nobody = CentralTest(experiment, task, data, torch.device("cpu"), None)
-    assert (nobody.measure(params), nobody.confusion()) == ({}, [])
+    for none in (None, Examples(examples.inputs[:0], examples.targets[:0])):
+        nobody = CentralTest(experiment, task, data, torch.device("cpu"), none)
+        assert (nobody.measure(params), nobody.confusion()) == ({}, [])
+
+
+def test_a_measurement_is_of_all_batches_and_of_one_model(tiny: Path) -> None:
+    """In batches, and after another model: the same as by hand, and each batch has random starts of its own."""
+    attack = "evaluation.attack={name='pgd', epsilon=0.3, steps=1, step_size=0.001}"
+    experiment, data, task = loaded(tiny, *OVERRIDES, attack, "evaluation.batch_size=7")
+    examples, device = data.central_test(), torch.device("cpu")
+    central = CentralTest(experiment, task, data, device, examples)
+    central.measure(exchanged(build_model(task, 6)))
+    model = build_model(task, 5).eval()
+    found = central.measure(exchanged(model))
+    made = make_attack(experiment.evaluation.attack, data.spec, common_scaling(data), experiment.seed)
+    assert made is not None
+    losses, right, withstood = [], 0, 0
+    for first in range(0, len(examples), 7):
+        batch = Examples(examples.inputs[first : first + 7], examples.targets[first : first + 7])
+        changed = made.change(model, task, batch, first)
+        with torch.no_grad():
+            losses.append(task.loss(model(batch.inputs), batch.targets))
+            right += int((model(batch.inputs).argmax(1) == batch.targets).sum())
+            withstood += int((model(changed).argmax(1) == batch.targets).sum())
+    assert found["loss"] == pytest.approx(torch.cat(losses).double().mean().item())
+    assert found["accuracy"] == right / len(examples)
+    assert found["adversarial-accuracy"] == withstood / len(examples)
+    assert torch.tensor(central.confusion()).sum() == len(examples)
 
 
 def test_a_metric_that_does_not_suit_is_refused_before_anything_is_written(tiny: Path, simulated: Simulated) -> None:

@@ -1,5 +1,5 @@
 import multiprocessing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fedtrain.data.federated import PartitionedData, build
 from fedtrain.errors import RunError
 from fedtrain.experiment.sections import Experiment
 from fedtrain.params import Params, exchanged, snapshot
+from fedtrain.rundir import RunFolder
 from fedtrain.server.measuring import CentralTest
 from fedtrain.simulations import workers
 from fedtrain.simulations.grid import InProcess, SimulationGrid
@@ -181,31 +182,70 @@ def test_a_worker_that_was_killed_while_idle_is_named(data: PartitionedData, set
         pool.close()
 
 
-MEASURED = {
-    **EXPERIMENT.model_dump(),
-    "evaluation": {
-        "batch_size": 50,
-        "metrics": ["auroc", "calibration-error", "perplexity"],
-        "attack": {"name": "pgd", "epsilon": 0.1},
-    },
-}
+MEASURED = Experiment.model_validate(
+    {
+        **EXPERIMENT.model_dump(),
+        "evaluation": {
+            "batch_size": 50,
+            "metrics": ["auroc", "calibration-error", "perplexity"],
+            "attack": {"name": "pgd", "epsilon": 0.3, "steps": 2},
+        },
+    }
+)
 
 
-def test_workers_measure_the_central_test_alike(setting: Setting) -> None:
-    """To the last bit, although they share its batches, and with any batch of the attack's random starts."""
-    experiment = Experiment.model_validate(MEASURED)
-    task, examples = make_task(experiment.task, setting.data.spec, Path()), setting.data.central_test()
-    alone, spread = (CentralTest(experiment, task, setting.data, SITE.device, examples) for _ in range(2))
+@dataclass
+class Central:
+    """The central test set, measured in this process and by two workers."""
+
+    alone: CentralTest
+    spread: CentralTest
+    engine: Workers
+
+
+@pytest.fixture
+def central(setting: Setting) -> Iterator[Central]:
+    task, examples = make_task(MEASURED.task, setting.data.spec, Path()), setting.data.central_test()
+    alone, spread = (CentralTest(MEASURED, task, setting.data, SITE.device, examples) for _ in range(2))
     pool = WorkerPool(2, threads=1)
     try:
-        Workers(pool, (experiment, setting.data, SITE), Arena.size_for(setting.params), spread)
-        for params in (setting.params, {name: t * 2 for name, t in setting.params.items()}):
-            expected = alone.measure(params)
-            with mock.patch.object(spread, "part", side_effect=AssertionError("the main process measures nothing")):
-                assert spread.measure(params) == expected
-            assert {"loss", "auroc", "perplexity", "adversarial-accuracy"} < {*expected}
+        engine = Workers(pool, (MEASURED, setting.data, SITE), Arena.size_for(setting.params), spread)
+        yield Central(alone, spread, engine)
     finally:
         pool.close()
+
+
+def test_workers_measure_the_central_test_alike(setting: Setting, central: Central) -> None:
+    """To the last bit, although they share its batches, and the attack draws for each of them."""
+    found = []
+    for params in (setting.params, {name: t * 2 for name, t in setting.params.items()}, setting.params):
+        with mock.patch.object(central.spread, "part", side_effect=AssertionError("the main process measures nothing")):
+            found.append(central.spread.measure(params))
+        assert found[-1] == central.alone.measure(params)
+    assert found[0] == found[2] != found[1]
+    assert {"loss", "auroc", "perplexity", "adversarial-accuracy"} < {*found[0]}
+
+
+def test_what_nobody_reads_any_more_is_passed_over(setting: Setting, central: Central) -> None:
+    other = {name: t * 2 for name, t in setting.params.items()}
+    asked = asking("train", flower.array_record(setting.params))
+    for _ in range(3):  # answers to the first are under way when the second asks
+        next(iter(central.engine.measure(other, range(0, 300, 50))))
+        assert central.spread.measure(setting.params) == central.alone.measure(setting.params)
+        next(iter(central.engine.measure(other, range(0, 300, 50))))
+        assert len(list(SimulationGrid(central.engine, COUNT).send_and_receive(asked))) == COUNT
+        next(iter(SimulationGrid(central.engine, COUNT).send_and_receive(asked)))
+        assert central.spread.measure(setting.params) == central.alone.measure(setting.params)
+
+
+def test_a_simulation_leaves_measuring_to_its_workers(
+    tiny: Path, simulated: Callable[..., tuple[Path, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ("rounds=1", "evaluation.batch_size=50")
+    alone, _ = simulated(tiny, "alone", *small, "run.workers=0")
+    monkeypatch.setattr(CentralTest, "part", mock.Mock(side_effect=AssertionError("not in this process")))
+    spread, _ = simulated(tiny, "spread", *small, "run.workers=1")
+    assert [r.central for r in RunFolder(spread).read_rounds()] == [r.central for r in RunFolder(alone).read_rounds()]
 
 
 def test_a_task_that_fails_on_the_central_test_ends_the_run(setting: Setting, tmp_path: Path) -> None:
@@ -224,7 +264,9 @@ class Odd(Classification):
         return 1 // 0
 """
     (tmp_path / "odd.py").write_text(code)
-    experiment = Experiment.model_validate({**MEASURED, "task": {"name": "odd.py:Odd"}})
+    experiment = MEASURED.model_copy(
+        update={"task": MEASURED.task.model_copy(update={"name": "odd.py:Odd", "options": {}})}
+    )
     site = Site(tmp_path, SITE.states, SITE.device)
     task = make_task(experiment.task, setting.data.spec, tmp_path)
     central = CentralTest(experiment, task, setting.data, SITE.device, setting.data.central_test())
@@ -232,7 +274,8 @@ class Odd(Classification):
     try:
         params = snapshot(exchanged(build_model(task, 1)))
         Workers(pool, (experiment, setting.data, site), Arena.size_for(params), central)
-        with pytest.raises(RunError, match=r"evaluating on the central test set .*odd\.py"):
-            central.measure(params)
+        for _ in range(3):  # a place in the queue that is not given back would be missed
+            with pytest.raises(RunError, match=r"evaluating on the central test set .*odd\.py"):
+                central.measure(params)
     finally:
         pool.close()

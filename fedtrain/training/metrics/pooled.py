@@ -153,25 +153,17 @@ class Counts:
     """Adds the sums of batches up."""
 
     def __init__(self, metrics: PooledMetrics) -> None:
-        self._metrics = metrics
+        self.metrics = metrics
         self.sums = metrics.blank()
 
     def add(self, batch: Batch) -> None:
         """Take in a batch."""
-        for statistic in self._metrics.statistics:
+        for statistic in self.metrics.statistics:
             self.sums[statistic.name] += statistic.of(batch)
 
     def clear(self) -> None:
         """Begin anew."""
-        self.sums = self._metrics.blank()
-
-    def numbers(self) -> dict[str, float]:
-        """The metrics of what was added."""
-        return self._metrics.numbers(self.sums)
-
-    def confusion(self) -> list[list[int]]:
-        """The confusion matrix of what was added; empty where it is not asked for."""
-        return self._metrics.confusion(self.sums)
+        self.sums = self.metrics.blank()
 
 
 def make_metrics(section: EvaluationSection, spec: DataSpec, scaling: Scaling | None = None) -> PooledMetrics:
