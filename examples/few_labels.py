@@ -24,6 +24,8 @@ def load(source: str = "digits", labelled: float = 0.05, unlabelled: str = "keep
             labelled examples is a start for one of all.
         test: examples set apart, with their labels, where the source has no test set of its own.
     """
+    if unlabelled not in ("keep", "drop", "empty"):
+        raise ValueError(f"unlabelled is keep, drop or empty, and not {unlabelled}")
     root = os.environ.get("FEDTRAIN_DATA")
     data = load_dataset(DataSection(name=source, clients=1), Path(root) if root else None, Path(), 0)
     rng = generator(0, "few-labels")

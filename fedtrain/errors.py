@@ -104,7 +104,7 @@ class Fault:
 
     def __str__(self) -> str:
         text = f"{self.path}: got {self.got}; expected {self.expected}"
-        return f"{text}. {self.hint}" if self.hint else text
+        return f"{text.removesuffix('.')}{'' if text.endswith('?') else '.'} {self.hint}" if self.hint else text
 
 
 class ExperimentError(InputError):

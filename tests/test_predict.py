@@ -279,7 +279,7 @@ def test_the_command_writes_a_file_whole_or_not_at_all(
 
 def test_large_inputs_go_through_in_batches(digits: Path, tmp_path: Path) -> None:
     run = shutil.copytree(digits, tmp_path / "run")
-    edit(run / "experiment.toml", "batch_size = 1000", "batch_size = 3")
+    edit(run / "experiment.toml", "batch_size = 250", "batch_size = 3")
     np.save(tmp_path / "new.npy", np.linspace(0, 1, 8 * 64).reshape(8, 1, 8, 8))
     columns = [f"p({digit})" for digit in range(10)]
     whole, parts = (floats(table(folder, tmp_path / "new.npy"), *columns) for folder in (digits, run))

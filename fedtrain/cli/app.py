@@ -93,13 +93,29 @@ def main() -> NoReturn:
         if _is_interrupt(error):
             code = _INTERRUPTED
         elif error.__class__.__module__.startswith("click"):
+            told = _set_instead(error)
+            if told:
+                error.possibilities = None  # type: ignore[union-attr]  # of options that look alike
             error.show()  # type: ignore[union-attr]
+            if told:
+                say(told, err=True)
             sys.exit(2)
         else:
             raise
     if code == _INTERRUPTED:
         typer.echo("fedtrain: interrupted", err=True)
     sys.exit(code or 0)
+
+
+def _set_instead(error: BaseException) -> str:
+    """How to change a value of the experiment that was given as an option, as in other tools."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if not option or context is None or not any("--set" in param.opts for param in context.command.params):
+        return ""
+    from fedtrain.experiment.faults import places_of
+
+    places = places_of(option.lstrip("-").replace("-", "_"))
+    return f"Values of the experiment are changed by --set, such as --set {places[0]}=VALUE" if places else ""
 
 
 def _is_interrupt(error: BaseException | None) -> bool:

@@ -26,6 +26,7 @@ __all__ = ["crossval"]
 
 _MOST_CLIENTS = 200
 _OURS = ("data.fold", "data.held_out")
+_FIXED = {"data.test": "0.0", "evaluation.max_clients": "1000000000"}  # all clients are measured, and not a sample
 
 
 def crossval(file: Path, folds: int | None, options: SweepOptions) -> None:
@@ -48,6 +49,8 @@ def crossval(file: Path, folds: int | None, options: SweepOptions) -> None:
             "a cross-validation measures on the clients' examples, which privacy does not let out",
             hint="Leave out [privacy], or measure one run on data.central_test",
         )
+    if own := [one.key for one in axes if one.key in (*_OURS, *_FIXED)]:
+        raise InputError("a cross-validation sets this itself", got=f"--set {own[0]}", hint="Leave it out")
     if folds is not None:
         parts = ", ".join(inline({"number": number, "of": folds}) for number in range(1, folds + 1))
         ours = f"data.fold=[{parts}]"
@@ -63,9 +66,8 @@ def crossval(file: Path, folds: int | None, options: SweepOptions) -> None:
             )
         ours = f"data.held_out=[{', '.join(inline([name]) for name in names)}]"
     out = options.out or Path("runs") / f"{first.name}-crossval"
-    # All clients are measured, not a sample of them.
-    fixed = ("data.test=0.0", "evaluation.max_clients=1000000000", ours)
-    done = sweep(file, replace(options, values=(*options.values, *fixed), out=out, folds=True))
+    fixed = [f"{key}={value}" for key, value in _FIXED.items()]
+    done = sweep(file, replace(options, values=(*options.values, *fixed, ours), out=out, folds=True))
     found: dict[str, list[Mapping[str, float]]] = {}
     for trial, paths in done:
         label = ", ".join(text for text in trial.overrides if not text.startswith(_OURS)) or "as in the file"

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fedtrain.errors import Fault, nearest, shorten
 from fedtrain.experiment.schema import allowed, inline, key_text, positions, schema_tree, variants
 
-__all__ = ["ELSEWHERE", "faults_of"]
+__all__ = ["ELSEWHERE", "faults_of", "places_of"]
 
 ELSEWHERE = {
     "dataset": "data.name",
@@ -62,6 +62,13 @@ def faults_of(error: ValidationError, document: Mapping[str, Any], changes: Mapp
     return list(faults.values())
 
 
+def places_of(key: str) -> list[str]:
+    """Find where a key belongs, by its own name or by that of another tool: dotted paths, none if it is unknown."""
+    if key in ELSEWHERE:
+        return [ELSEWHERE[key]]
+    return list(dict.fromkeys(path for known, path, _ in positions(schema_tree()) if known == key))
+
+
 def _locate(loc: Iterable[str | int], tree: dict[str, Any], document: Any) -> _Place:
     """Walk pydantic's location, which names variants and union members beside the file's own keys."""
     node, table, value = tree, tree, document
@@ -108,7 +115,7 @@ def _fault(item: Any, place: _Place, tree: dict[str, Any]) -> tuple[Fault, list[
     if item["type"] == "string_pattern_mismatch" and "examples" not in place.node:
         hint = place.node["description"]
     if "properties" in place.node:
-        hint = hint or _elsewhere(place, tree)
+        hint = hint or _elsewhere(place)
     return Fault(place.path, shorten(inline(got)), allowed(place.node), hint), involved
 
 
@@ -122,16 +129,17 @@ def _unknown_key(place: _Place, tree: dict[str, Any]) -> Fault:
         listed_kinds = f"{', '.join(others)} or {last}" if others else last
         hint = f"{place.key} goes with {place.tag.rpartition('.')[2]} = {listed_kinds}."
     else:
-        hint = _elsewhere(place, tree) or nearest(place.key, keys, otherwise="")
+        hint = _elsewhere(place) or nearest(place.key, keys, otherwise="")
     return Fault(place.path, "an unknown key", expected, hint)
 
 
-def _elsewhere(place: _Place, tree: dict[str, Any]) -> str:
+def _elsewhere(place: _Place) -> str:
     """Name the places where a key of that name belongs."""
-    # In a table such as [strategy] it may be a key of that table by another name.
-    if place.key in ELSEWHERE and place.path.rpartition(".")[0] in ("", "task", "data", "clients", "training"):
-        return f"Did you mean {ELSEWHERE[place.key]}?"
-    paths = dict.fromkeys(path for key, path, _ in positions(tree) if key == place.key and path != place.path)
+    # In a table such as [strategy] another tool's name may be that of a key of this table.
+    table = place.path.rpartition(".")[0]
+    if place.key in ELSEWHERE and table not in ("", "task", "data", "clients", "training"):
+        return ""
+    paths = [path for path in places_of(place.key) if path != place.path]
     return f"Did you mean {' or '.join(paths)}?" if paths else ""
 
 

@@ -138,5 +138,5 @@ def objections(experiment: Experiment) -> Iterator[str]:
     if late := [pattern for pattern, first in experiment.model.unfreeze.items() if first > rounds]:
         yield (
             f'model.unfreeze would train "{late[0]}" after the last of rounds = {rounds}: '
-            "name an earlier round, or model.freeze"
+            "give an earlier round, or use model.freeze"
         )

@@ -12,7 +12,7 @@ from fedtrain.errors import InputError, nearest, shorten
 from fedtrain.experiment.evaluation import higher_is_better
 from fedtrain.experiment.fields import fields
 from fedtrain.records import RoundRecord
-from fedtrain.report.view import SERIES, Facts, RunView, client_scores, measured, worst_of, worst_tenth
+from fedtrain.report.view import SERIES, Facts, RunView, client_scores, measured, until_result, worst_of, worst_tenth
 
 __all__ = ["Comparison", "Difference", "Group", "Point", "Stat", "compare"]
 
@@ -66,6 +66,7 @@ class Group:
     names: tuple[str, ...]  # what the user called the runs
     runs: tuple[RunView, ...]
     curves: tuple[tuple[Point, ...], ...]  # of each run; empty where nothing was measured
+    finals: tuple[float | None, ...]  # of each run's result; None where nothing was measured
     target: float | None  # of the comparison
     metric: str
 
@@ -85,8 +86,8 @@ class Group:
 
     @property
     def final(self) -> Stat | None:
-        """The last value of each run."""
-        return Stat.of(curve[-1].value for curve in self.curves if curve)
+        """The value of each run's result."""
+        return Stat.of(self.finals)
 
     @property
     def best(self) -> Stat | None:
@@ -192,7 +193,15 @@ def compare(runs: Mapping[str, RunView], by: str | None = None, metric: str | No
     target, is_goal = _target(runs.values(), curves.values(), metric, part)
     labels = _labels(len(members), [d for d in differences if by is None or _is_in(d.path, by)])
     groups = [
-        Group(label, tuple(names), tuple(map(runs.__getitem__, names)), tuple(curves[n] for n in names), target, metric)
+        Group(
+            label,
+            tuple(names),
+            tuple(runs[n] for n in names),
+            tuple(curves[n] for n in names),
+            tuple(_final(runs[n], part, metric) for n in names),
+            target,
+            metric,
+        )
         for label, names in zip(labels, members)
     ]
     return Comparison(tuple(groups), tuple(differences), metric, part, target, is_goal)
@@ -292,6 +301,11 @@ def _shared_part(runs: Mapping[str, RunView], metric: str) -> str:
             hint=nearest(metric, map(shorten, known)),
         )
     raise InputError("the runs are not measured on the same examples", got=metric, hint="Compare them apart")
+
+
+def _final(run: RunView, part: str, metric: str) -> float | None:
+    values = [measured(record, part).get(metric) for record in until_result(run, part)]
+    return next((value for value in reversed(values) if value is not None), None)
 
 
 def _curve(run: RunView, part: str, metric: str) -> tuple[Point, ...]:

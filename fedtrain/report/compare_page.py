@@ -292,8 +292,9 @@ _RUN_COLUMNS = ("Run", "Group", "Seed", "Status", "Rounds", "Final", "Best")
 
 def _run_rows(of: Comparison) -> Iterator[tuple[str, ...]]:
     for group in of.groups:
-        for name, run, curve in list(zip(group.names, group.runs, group.curves))[:MOST_ROWS]:
-            alone = Group(group.label, (name,), (run,), (curve,), of.target, of.metric)
+        runs = zip(group.names, group.runs, group.curves, group.finals)
+        for name, run, curve, final in list(runs)[:MOST_ROWS]:
+            alone = Group(group.label, (name,), (run,), (curve,), (final,), of.target, of.metric)
             done = max((record.round_number for record in run.records), default=0)
             yield (
                 shorten(name, 200),

@@ -214,9 +214,7 @@ def _result(run: RunView, facts: Facts) -> str:
         return f"The result is the {kind} of the models of rounds {average.start_round} to {number}."
     if number == facts.rounds_done:
         return ""
-    values = [r.central[facts.metric] for r in run.records if r.round_number == number and facts.metric in r.central]
-    measured = f", with {shorten(facts.metric, 40)} {show_metric(facts.metric, values[0])}" if values else ""
-    return f"The result is not that model but that of round {number}{measured}."
+    return f"The result is the model of round {number}, and not of round {facts.rounds_done}, the last."
 
 
 def _clients(facts: Facts) -> str:

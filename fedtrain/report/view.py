@@ -21,6 +21,7 @@ __all__ = [
     "guarantee",
     "measured",
     "scores_of",
+    "until_result",
     "worst_of",
     "worst_tenth",
 ]
@@ -77,7 +78,7 @@ class Facts:
 
     metric: str
     rounds_done: int
-    final: float | None  # on the central test set
+    final: float | None  # of the run's result, on the central test set
     final_round: int
     best: float | None  # finite values only
     best_round: int
@@ -105,6 +106,7 @@ class Facts:
         """Sum a run up."""
         metric = _main_metric(run)
         central = [(r.round_number, r.central[metric]) for r in run.records if metric in r.central]
+        of_result = [(r.round_number, r.central[metric]) for r in until_result(run, "central") if metric in r.central]
         finite = [(n, value) for n, value in central if math.isfinite(value)]
         better = max if higher_is_better(metric) else min
         best_round, best = better(finite, key=lambda pair: pair[1]) if finite else (0, None)
@@ -113,13 +115,13 @@ class Facts:
         personal = [replace(score, value=score.personal) for score in with_own if score.personal is not None]
         used = sum(len(r.participants) for r in run.records)
         late = sum(len(r.late) for r in run.records)
-        clients = [r.clients[metric] for r in run.records if metric in r.clients]
+        clients = [r.clients[metric] for r in until_result(run, "clients") if metric in r.clients]
         epsilon = run.records[-1].epsilon if run.privacy and run.records else None
         return cls(
             metric=metric,
             rounds_done=max((r.round_number for r in run.records), default=0),
-            final=central[-1][1] if central else None,
-            final_round=central[-1][0] if central else 0,
+            final=of_result[-1][1] if of_result else None,
+            final_round=of_result[-1][0] if of_result else 0,
             best=best,
             best_round=best_round,
             clients_mean=clients[-1] if clients else None,
@@ -148,6 +150,23 @@ class Facts:
     def worst(self) -> str:
         """What `worst_tenth` is the mean over, in words."""
         return worst_of(self.clients_measured)
+
+
+def until_result(run: RunView, part: str) -> Sequence[RoundRecord]:
+    """A run's records as far as that in which the model that is its result was measured.
+
+    In the round that ends a run, what early stopping watches is measured on that round's model, and the other part on
+    the result, which may be an earlier one.
+
+    Args:
+        run: finished or not.
+        part: a key of `SERIES`.
+    """
+    stopping, last = run.experiment.training.early_stopping, run.manifest.result_round
+    of_the_result = ["central"] if stopping and stopping.on == "clients" else ["clients", "personal"]
+    if last is None or part in of_the_result:
+        return run.records
+    return [record for record in run.records if record.round_number <= last]
 
 
 def measured(record: RoundRecord, part: str) -> Mapping[str, float]:

@@ -104,3 +104,21 @@ def test_a_fault_that_shows_with_the_data_leaves_no_folder(fedtrain: Callable, c
     assert told in result.err
     assert "Traceback" not in result.err
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--rounds", "Values of the experiment are changed by --set, such as --set rounds=VALUE"),
+        ("--learning-rate", "such as --set training.optimizer.lr=VALUE"),
+        ("--foo", "No such option: --foo"),
+    ],
+)
+def test_an_option_that_is_a_key_is_told_of_set(fedtrain: Callable, option: str, told: str) -> None:
+    Path("file.toml").write_text(DIGITS)
+    result = fedtrain("simulate", "file.toml", option, "3")
+    assert (result.code, result.out) == (2, "")
+    assert told in result.err
+    assert ("--set" in result.err) == (option != "--foo")
+    assert option == "--foo" or "Did you mean" not in result.err
+    assert "--set" not in fedtrain("report", "run", option, "3").err

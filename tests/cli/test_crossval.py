@@ -115,6 +115,7 @@ def test_a_dry_run_lists_the_folds_and_makes_nothing(fedtrain: Callable, tiny: P
         (("--quiet", "--json"), "--quiet and --json are two ways"),
         (("--folds", 1), "Invalid value for '--folds'"),
         (("--set", "training.optimizer.lr=-1"), "training.optimizer.lr: got -1"),
+        (("--folds", 3, "--set", "data.test=0.1"), "sets this itself: got --set data.test. Leave it out"),
         (
             ("--set", "privacy={noise_multiplier=1.0, delta=1e-3}", "--set", "data.test=0.0"),
             "privacy does not let out",

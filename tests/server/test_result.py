@@ -20,13 +20,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fedtrain import flower, wire
 from fedtrain.cli.progress import RunObserver
-from fedtrain.cli.running import summary
+from fedtrain.cli.running import summary, view_of
 from fedtrain.compression.exchange import Exchange
 from fedtrain.errors import InputError, InterruptedRunError, RunError
 from fedtrain.experiment.sections import Experiment
 from fedtrain.experiment.stopping import EmaAveraging, SwaAveraging
 from fedtrain.params import Params, exchanged, snapshot
 from fedtrain.records import RoundRecord
+from fedtrain.report.compare import compare
+from fedtrain.report.view import Facts
 from fedtrain.rundir import Checkpoint, RunFolder
 from fedtrain.server.cohort import Cohort
 from fedtrain.server.mail import Mail
@@ -394,6 +396,27 @@ def test_a_client_refuses_a_factor_that_is_no_finite_positive_number(factor: Any
 # ----- with real clients
 
 
+@pytest.mark.parametrize("on", ["central", "clients"])
+def test_reports_and_comparisons_go_by_the_model_that_is_the_result(
+    tiny: Path, simulated: Callable[..., tuple[Path, list[str]]], on: str
+) -> None:
+    """In the last round, what is watched was measured on that round's model, and the other part on the result."""
+    stopping = f"training.early_stopping={{on='{on}', patience=1, min_delta=9.0}}"
+    folder, _ = simulated(tiny, "run", stopping, "evaluation.clients_every=1", "rounds=3")
+    view = view_of(RunFolder(folder))
+    best, last = view.manifest.result_round, view.records[-1]
+    assert best is not None
+    assert best < last.round_number
+    watched = next(record for record in view.records if record.round_number == best)
+    central, clients = (watched.central, last.clients) if on == "central" else (last.central, watched.clients)
+    facts = Facts.of(view)
+    assert (facts.final, facts.clients_mean) == (central["accuracy"], clients["accuracy"])
+    final = compare({"run": view}).groups[0].final
+    assert final is not None
+    assert final.mean == central["accuracy"]
+    assert getattr(watched, on)["loss"] != getattr(last, on)["loss"]
+
+
 def test_clients_train_at_the_factor(tiny: Path, simulated: Callable[..., tuple[Path, list[str]]]) -> None:
     plateau = 'training.schedule={name="plateau", metric="accuracy", patience=1, gamma=1e-2}'
     folder, _ = simulated(tiny, "run", "training.optimizer.lr=1e-5", plateau)
@@ -410,7 +433,8 @@ def test_the_summary_says_why_the_run_ended_and_which_model_is_its_result(
     said = summary(RunFolder(folder))
     why = "loss on the central test set got no better in 1 evaluation; the best is of round 0"
     assert f"The run ended after round 1 of 4: {why}." in said
-    assert any(text.startswith("The result is not that model but that of round 0, with ") for text in said)
+    assert "The result is the model of round 0, and not of round 1, the last." in said
+    assert any(text.startswith("Central accuracy: ") and "after round 0" in text for text in said)
     assert notices == [f"the run ends after round 1: {why}"]
     assert simulated(tiny, "stopped", stopping) == (folder, [])  # it is complete
     averaging = 'training.average={name="swa", start_round=2}'
