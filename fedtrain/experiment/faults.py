@@ -129,7 +129,9 @@ def _unknown_key(place: _Place, tree: dict[str, Any]) -> Fault:
         listed_kinds = f"{', '.join(others)} or {last}" if others else last
         hint = f"{place.key} goes with {place.tag.rpartition('.')[2]} = {listed_kinds}."
     else:
-        hint = _elsewhere(place) or nearest(place.key, keys, otherwise="")
+        begun = [key for key in keys if len(place.key) > 2 and key.startswith(place.key)]  # eps, for epsilon
+        hint = f"Did you mean {begun[0]}?" if len(begun) == 1 else _elsewhere(place)
+        hint = hint or nearest(place.key, keys, otherwise="")
     return Fault(place.path, "an unknown key", expected, hint)
 
 

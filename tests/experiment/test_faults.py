@@ -169,6 +169,7 @@ def test_a_missing_section_is_a_fault(faults):
         ("training.optimiser.lr = 0.1\n", "training.optimiser", "Did you mean optimizer?"),
         ("training.learning_rate = 1\n", "training.learning_rate", "Did you mean training.optimizer.lr?"),
         ("epochs = 3\n", "epochs", "Did you mean training.local_epochs?"),
+        ('evaluation.attack = { name = "fgsm", eps = 1 }\n', "evaluation.attack.eps", "Did you mean epsilon?"),
         ('strategy = { name = "fedadam", learning_rate = 1 }\n', "strategy.learning_rate", ""),
         (MINIMAL + 'dataset = "mnist"\n', "data.dataset", "Did you mean data.name?"),
         ("num_rounds = 3\n", "num_rounds", "Did you mean rounds?"),

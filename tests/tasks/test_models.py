@@ -150,7 +150,10 @@ def test_lstm_equals_torch(stepwise):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Mlp(DataSpec((4,), "class", 2), hidden="wide"), "'hidden' is wrong: got wide; expected an integer"),
+        (
+            lambda: Mlp(DataSpec((4,), "class", 2), hidden="wide"),
+            "'hidden' is wrong: got \"wide\"; expected an integer",
+        ),
         (lambda: Mlp(DataSpec((4,), "class", 2), hidden=[8, 0]), "'hidden' is wrong: got [8, 0]"),
         (lambda: Mlp(DataSpec((4,), "class", 2), hidden=True), "'hidden' is wrong: got True"),
         (lambda: Resnet18Gn(DataSpec((3, 32, 32), "class", 2), groups=3), "'groups' is wrong: got 3"),
