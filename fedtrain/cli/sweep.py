@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ from fedtrain.experiment.sections import Experiment
 from fedtrain.records import RoundRecord
 from fedtrain.report.compare import compare
 from fedtrain.report.text import show_metric
-from fedtrain.report.view import Facts, RunView
+from fedtrain.report.view import Facts, RunView, until_result
 from fedtrain.rundir import RunFolder
 from fedtrain.simulations.run import Places, sigterm_interrupts, simulate
 from fedtrain.sweep.checks import try_all
@@ -198,14 +198,15 @@ class _Session:
         """Run a combination; the mean of what was measured at the end, or None if a run failed."""
         if not self.run(trial):
             return None
-        return final_value([_until_its_result(RunFolder(path)) for path in trial.folders(self.out)], metric)
+        return final_value([_of_result(view_of(RunFolder(path))) for path in trial.folders(self.out)], metric)
 
 
-def _until_its_result(folder: RunFolder) -> list[RoundRecord]:
-    """A run's records as far as the model that is its result: of one that restored its best, not of what came after."""
-    last = folder.read_manifest().result_round
-    records = folder.read_rounds()
-    return [record for record in records if last is None or record.round_number <= last]
+def _of_result(run: RunView) -> list[Mapping[str, float]]:
+    """What a run has measured as far as its result, on the clients' examples and then on the central test set."""
+    return [
+        *(record.clients for record in until_result(run, "clients")),
+        *(record.central for record in until_result(run, "central")),
+    ]
 
 
 def _told(run: RunView, *, on_clients: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -94,9 +93,9 @@ class CentralTest:
         return build_model(self._task, self._experiment.seed).to(self._device)
 
     @property
-    def batches(self) -> int:
-        """In how many pieces the test set is measured."""
-        return math.ceil(len(self.examples or ()) / self._experiment.evaluation.batch_size)
+    def firsts(self) -> range:
+        """Where each batch of the test set begins."""
+        return range(0, len(self.examples or ()), self._experiment.evaluation.batch_size)
 
     @property
     def names(self) -> list[str]:
@@ -112,11 +111,10 @@ class CentralTest:
         self._sums = {}
         if not self.examples:
             return {}
-        firsts = range(0, len(self.examples), self._experiment.evaluation.batch_size)
-        if self.spread and self.batches > 1:
-            parts = self.spread(model, firsts)
+        if self.spread and len(self.firsts) > 1:
+            parts = self.spread(model, self.firsts)
         else:
-            parts = (self.part(None if first else model, first) for first in firsts)
+            parts = (self.part(None if first else model, first) for first in self.firsts)
         for part in parts:
             self._sums = {name: self._sums[name] + sums if self._sums else sums for name, sums in part.items()}
         numbers = means(self._task, self._sums[_MEANS], len(self.examples)) | self.metrics.numbers(self._sums)
@@ -140,7 +138,7 @@ class CentralTest:
         rows = slice(first, first + self._experiment.evaluation.batch_size)
         batch, counts = Examples(self.examples.inputs[rows], self.examples.targets[rows]), Counts(self.metrics)
         try:
-            batch = for_model(batch, self._model, self._task)
+            batch = for_model(batch, self._model, self._task)  # once for the two below
             found = {_MEANS: add_up(self._model, self._task, batch, counts).cpu(), **counts.sums}
             if self._attack:
                 found[ADVERSARIAL] = torch.tensor(self._attack.withstood(self._model, self._task, batch, first))

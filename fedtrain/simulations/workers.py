@@ -166,7 +166,7 @@ class Workers:
         capacity: int,
         central: CentralTest | None = None,
     ) -> None:
-        test = central.examples if central and central.batches > 1 else None
+        test = central.examples if central and len(central.firsts) > 1 else None
         self._pool = pool
         self._tickets = itertools.count()
         self._sizes = setup[1].sizes()

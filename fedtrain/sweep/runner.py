@@ -6,12 +6,11 @@ import contextlib
 import fcntl
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fedtrain.errors import FedtrainError, InputError, InterruptedRunError, RunFolderError, nearest, shorten
 from fedtrain.experiment.sections import Experiment
-from fedtrain.records import RoundRecord
 from fedtrain.sweep.grid import Trial
 
 __all__ = ["Run", "carry_through", "final_value", "holding"]
@@ -76,11 +75,11 @@ def carry_through(trial: Trial, out: Path, run: Run, failed: Callable[[Path, str
     return complete
 
 
-def final_value(runs: Sequence[Sequence[RoundRecord]], metric: str) -> float:
-    """The mean over runs of a metric's last value, on the central test set or else on the clients' examples.
+def final_value(runs: Sequence[Sequence[Mapping[str, float]]], metric: str) -> float:
+    """The mean over runs of a metric's last value.
 
     Args:
-        runs: the records of each run.
+        runs: what each run has measured, by name; what counts most last.
         metric: its name.
 
     Returns:
@@ -90,11 +89,10 @@ def final_value(runs: Sequence[Sequence[RoundRecord]], metric: str) -> float:
         InputError: it was not measured.
     """
     finals = []
-    for records in runs:
-        values = [r.central.get(metric, r.clients.get(metric)) for r in records]
-        measured = [value for value in values if value is not None]
-        if not measured:
-            known = dict.fromkeys(name for r in records for name in (*r.central, *r.clients))
+    for measured in runs:
+        values = [numbers[metric] for numbers in measured if metric in numbers]
+        if not values:
+            known = dict.fromkeys(name for numbers in measured for name in numbers)
             raise InputError("the runs do not measure this", got=metric, hint=nearest(metric, known))
-        finals.append(measured[-1])
+        finals.append(values[-1])
     return statistics.fmean(finals) if all(map(math.isfinite, finals)) else math.nan

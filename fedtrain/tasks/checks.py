@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from fedtrain.data.base import DataSpec
 from fedtrain.errors import TaskError
+from fedtrain.experiment.schema import inline
 
-__all__ = ["as_written", "needs_classes", "needs_images", "needs_numbers", "needs_tokens", "positive_int", "widths"]
+__all__ = ["needs_classes", "needs_images", "needs_numbers", "needs_tokens", "positive_int", "widths"]
 
 
 def needs_classes(task: str, spec: DataSpec) -> None:
@@ -62,11 +62,6 @@ def needs_tokens(task: str, spec: DataSpec) -> None:
         raise _refusal(task, "needs text: tokens (T,) with one target each", got, spec)
 
 
-def as_written(value: object) -> object:
-    """Show an option with the quotes that make it text."""
-    return json.dumps(value, default=str) if isinstance(value, str | list) else value
-
-
 def positive_int(name: str, value: object) -> int:
     """Take an option that is a whole number above 0.
 
@@ -74,9 +69,7 @@ def positive_int(name: str, value: object) -> int:
         TaskError: it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise TaskError(
-            f"the task option {name!r} is wrong", got=as_written(value), expected="an integer greater than 0"
-        )
+        raise TaskError(f"the task option {name!r} is wrong", got=inline(value), expected="an integer greater than 0")
     return value
 
 
@@ -92,7 +85,7 @@ def widths(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
     except TaskError as exc:
         raise TaskError(
             f"the task option {name!r} is wrong",
-            got=as_written(value),
+            got=inline(value),
             expected="an integer greater than 0, or a list of them such as [200, 200]",
         ) from exc
 

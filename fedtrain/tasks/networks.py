@@ -10,8 +10,8 @@ from typing import Any
 
 from fedtrain.data.base import DataSpec
 from fedtrain.errors import TaskError, nearest
+from fedtrain.experiment.schema import inline
 from fedtrain.tasks.base import Task
-from fedtrain.tasks.checks import as_written
 from fedtrain.tasks.dense import Logistic, Mlp
 from fedtrain.tasks.images import Cnn, Resnet18Gn, SimpleCnn
 
@@ -77,7 +77,7 @@ def finite_number(name: str, value: object, least: float = -math.inf, most: floa
         bounds = [f"of at least {least:g}"] * (least > -math.inf) + [f"of at most {most:g}"] * (most < math.inf)
         raise TaskError(
             f"the task option {name!r} is wrong",
-            got=as_written(value),
+            got=inline(value),
             expected=" ".join(["a finite number", " and ".join(bounds)]),
         )
     assert isinstance(value, int | float)

@@ -379,3 +379,8 @@ def test_every_fault_can_be_worded(document):
     with pytest.raises(ValidationError) as caught:
         Experiment.model_validate({**document, "odd": 1})
     assert "odd" in {fault.path for fault in faults_of(caught.value, document, {"data.name": "data.name=x"})}
+
+
+def test_a_question_ends_a_sentence(faults):
+    fault = str(faults(MINIMAL, 'compression.up=["int9"]')["compression.up[0]"])
+    assert "expected a known stage. Did you mean int8? Set by --set" in fault

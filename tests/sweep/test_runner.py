@@ -7,7 +7,6 @@ import pytest
 
 from fedtrain.errors import InputError, InterruptedRunError, RunError, RunFolderError
 from fedtrain.experiment.sections import Experiment
-from fedtrain.records import RoundRecord
 from fedtrain.sweep.grid import Trial
 from fedtrain.sweep.runner import carry_through, final_value, holding
 
@@ -43,11 +42,9 @@ def test_a_stop_ends_the_sweep(tmp_path: Path, stop: BaseException) -> None:
 
 
 def test_the_value_is_the_mean_of_the_last_measurements() -> None:
-    central = [RoundRecord(round_number=n, central={"accuracy": n / 10}) for n in range(3)]
-    later = [*central, RoundRecord(round_number=3)]
-    clients = [RoundRecord(round_number=0, clients={"accuracy": 0.6})]
-    assert final_value([later, clients], "accuracy") == pytest.approx(0.4)
-    assert math.isnan(final_value([central, [RoundRecord(round_number=0, central={"accuracy": math.inf})]], "accuracy"))
+    central: list[dict[str, float]] = [{"accuracy": n / 10} for n in range(3)]
+    assert final_value([[*central, {}], [{"accuracy": 0.6}]], "accuracy") == pytest.approx(0.4)
+    assert math.isnan(final_value([central, [{"accuracy": math.inf}]], "accuracy"))
     with pytest.raises(InputError, match=r"do not measure this: got acuracy.*Did you mean accuracy\?"):
         final_value([central], "acuracy")
 

@@ -155,8 +155,9 @@ def test_lstm_equals_torch(stepwise):
             "'hidden' is wrong: got \"wide\"; expected an integer",
         ),
         (lambda: Mlp(DataSpec((4,), "class", 2), hidden=[8, 0]), "'hidden' is wrong: got [8, 0]"),
-        (lambda: Mlp(DataSpec((4,), "class", 2), hidden=True), "'hidden' is wrong: got True"),
+        (lambda: Mlp(DataSpec((4,), "class", 2), hidden=True), "'hidden' is wrong: got true"),
         (lambda: Resnet18Gn(DataSpec((3, 32, 32), "class", 2), groups=3), "'groups' is wrong: got 3"),
+        (lambda: Transformer(DataSpec((9,), "tokens", 9), width="8"), "'width' is wrong: got \"8\""),
         (
             lambda: Transformer(DataSpec((9,), "tokens", 9), width=10),
             "'width' is wrong: got 10; expected a multiple of",
