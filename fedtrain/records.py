@@ -177,6 +177,7 @@ class Manifest(_Record):
     own_files: dict[str, str] = Field(default_factory=dict)
     """The user's code and data files that the experiment names -> SHA-256 of their contents; folders -> their path."""
     created_at: str
+    """When the run was started, to the microsecond: ledgers tell runs of one name apart by it."""
     status: str
     """running, interrupted, failed or complete."""
     base_folder: str = ""

@@ -52,7 +52,7 @@ def new_manifest(experiment: Experiment, now: Circumstances) -> Manifest:
         fedtrain=fedtrain.__version__,
         experiment_hash=identity(experiment),
         own_files=_own_files(experiment, now.base),
-        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),  # names the run in ledgers
         status="running",
         base_folder=str(now.base.absolute()),
         seed=experiment.seed,

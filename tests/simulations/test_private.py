@@ -1,5 +1,7 @@
+import datetime
 import json
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from fedtrain.errors import (
 )
 from fedtrain.privacy.accounting import Spend, bound_within
 from fedtrain.privacy.book import Book, ledgers
+from fedtrain.server import manifest
 from fedtrain.server.rounds import Server
 from fedtrain.strategies.central_dp import central_dp
 from fedtrain.training import loop
@@ -188,6 +191,19 @@ def test_runs_that_share_ledgers_add_up_and_the_policy_ends_them(file: Path, sim
     ended = [client for record in rounds(out) for client in record["ended"]]
     assert len(set(ended)) == len(ended) > 2  # of four, with a quorum of a half
     assert f"{len(ended)} clients have ended, and {4 - len(ended)} are left for a round of 4" in notices[-1]
+
+
+def test_runs_of_one_name_that_start_in_the_same_second_are_two_to_a_ledger(
+    file: Path, simulated: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = iter(datetime.datetime(2026, 3, 1, 12, 0, 0, k * 100_000, datetime.UTC) for k in (1, 2))
+    clock = types.SimpleNamespace(UTC=datetime.UTC, datetime=types.SimpleNamespace(now=lambda _: next(starts)))
+    monkeypatch.setattr(manifest, "datetime", clock)
+    (file.parent / "policy.toml").write_text("max_epsilon = 20.0\ndelta = 1e-4\n")
+    for name in ("first", "second"):  # each with the whole of the rounds that its noise is calibrated for
+        simulated(file, name, "run.ledgers=ledgers", "run.policy=policy.toml")
+    spent = [Book(path, bound_within(20.0)).summary(1e-4) for path in ledgers(file.parent / "ledgers")]
+    assert [(book.runs, book.rounds) for book in spent] == [(2, 6)] * 4
 
 
 def test_nobody_allowed_to_take_part_is_an_error_and_not_an_untrained_model(file: Path, simulated: Callable) -> None:
