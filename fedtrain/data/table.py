@@ -30,6 +30,7 @@ TargetType = Literal["auto", "class", "number"]
 # One-hot columns of one text column, and classes that whole numbers are taken for unless the user says so.
 _MOST_LEVELS, _MOST_CLASSES = 1000, 100
 _FEW = 20  # different values that are few in any table
+_STRAYS = 0.1  # share of a column's different values that may be texts for the others to be meant as numbers
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Use:
 def table_dataset(table: Table, use: Use) -> Dataset:
     """Turn a table into features, targets and clients.
 
-    Texts are one-hot encoded, their levels sorted; a missing text is missing in each of its columns.
+    Texts are one-hot encoded, their levels sorted; a missing text is missing in each of its columns. A few texts in a
+    column of many numbers are no categories: they are refused.
 
     Args:
         table: the columns.
@@ -75,7 +77,8 @@ def table_dataset(table: Table, use: Use) -> Dataset:
         A data set of float32 features `(N, d)`, NaN where missing.
 
     Raises:
-        DataError: a column does not exist, is not usable for its purpose, or no feature is left.
+        DataError: a column does not exist, is not usable for its purpose or has a text among its numbers, or no
+            feature is left.
     """
     asked = [use.target, *([use.client_column] if use.client_column is not None else []), *use.drop]
     for column in asked:
@@ -126,7 +129,7 @@ def encode_target(values: Column, target_type: TargetType, where: str) -> tuple[
         `(N,)` float32 and None for numbers; `(N,)` int64 and the sorted classes' names for classes.
 
     Raises:
-        DataError: a target is missing, texts are to be numbers, or it may be either.
+        DataError: a target is missing, texts are to be numbers or are among many, or it may be either.
     """
     is_text = values.dtype.kind in "OUS"
     if target_type == "number" and is_text:
@@ -143,6 +146,8 @@ def encode_target(values: Column, target_type: TargetType, where: str) -> tuple[
                 got=f"{different} different whole numbers in {len(values)} rows",
                 hint='Set data.target_type = "number", or "class"',
             )
+    elif target_type == "auto" and _meant_as_numbers(np.unique(values[~_missing(values)].astype(str)).tolist()):
+        _numbers(values, where)  # which names the first that is none
     return _levels(values, where)
 
 
@@ -217,7 +222,11 @@ def _numbers(values: Column, where: str) -> NDArray[np.float32]:
             try:
                 values[row] = np.nan if text is None else float(text)
             except ValueError as exc:
-                raise DataError(f"{where}, row {row + 1}: text in a column of numbers", got=text) from exc
+                raise DataError(
+                    f"{where}, row {row + 1}: text in a column of numbers",
+                    got=text,
+                    hint="Correct the cell, or leave it empty if the value is not known",
+                ) from exc
     with np.errstate(over="ignore"):  # what is too large becomes inf, which the checks of inputs name
         return values.astype(np.float32)[:, None]
 
@@ -246,6 +255,8 @@ def _encode(table: str, name: str, values: Column) -> tuple[list[str], NDArray[n
         return [name], _numbers(values, f"{table}, column {name!r}")
     missing = _missing(values)
     levels = np.unique(values[~missing].astype(str))
+    if _meant_as_numbers(levels.tolist()):
+        return [name], _numbers(values, f"{table}, column {name!r}")  # which names the first that is none
     if _too_many(len(levels), len(values), _MOST_LEVELS):
         shown = ", ".join(shorten(level, 20) for level in levels[:3])
         raise DataError(
@@ -255,6 +266,20 @@ def _encode(table: str, name: str, values: Column) -> tuple[list[str], NDArray[n
             hint="Add it to data.drop, or name it as data.client_column; if it is of numbers, write them as such",
         )
     return [f"{name}={level}" for level in levels], _one_hot(values, levels.tolist(), f"{table}, column {name!r}")
+
+
+def _meant_as_numbers(levels: Sequence[str]) -> bool:
+    """Whether a column's different texts are many numbers and a few others."""
+    strays = sum(not _is_number(level) for level in levels)
+    return len(levels) > _FEW and 0 < strays <= len(levels) * _STRAYS
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _too_many(different: int, rows: int, most: int) -> bool:

@@ -86,6 +86,16 @@ def test_target_types(tmp_path: Path, column: list[str], target_type: str, expec
             {"target": "y"},
             "21 in 21 rows, such as note 0",
         ),
+        (
+            "x,y\n" + "".join(f"{i},a\n" for i in range(30)) + "unknown,a\n",
+            {"target": "y"},
+            "column 'x', row 31: text in a column of numbers: got unknown.*leave it empty",
+        ),
+        (
+            "x,y\n" + "".join(f"1,{i}.5\n" for i in range(30)) + "1,unknown\n",
+            {"target": "y"},
+            "column 'y', row 31: text in a column of numbers: got unknown",
+        ),
         ("x,y\n" + "".join(f"1,{i}\n" for i in range(21)), {"target": "y"}, "number or a class: got 21 .*target_type"),
         ("x;y\n1;a\n", {"target": "y"}, 'data.options.delimiter = ";"'),
     ],
