@@ -206,11 +206,12 @@ class ClientsJoinedError(InterruptedRunError):
 def nearest(name: object, known: Iterable[str], otherwise: str | None = None) -> str:
     """Hint at the known name that was meant; if none is near say `otherwise`, or list them, the first of many."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
-    if not close and isinstance(name, str) and name:
-        close = [one for one in known if one.startswith(name)][:3]
-    if close:
-        return f"Did you mean {' or '.join(close)}?"
+    folded = {one.casefold(): one for one in known}
+    if isinstance(name, str) and name:
+        asked = name.casefold()
+        close = difflib.get_close_matches(asked, folded, n=1) or [one for one in folded if one.startswith(asked)][:3]
+        if close:
+            return f"Did you mean {' or '.join(folded[one] for one in close)}?"
     if otherwise is not None:
         return otherwise
     more = f" and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""

@@ -318,7 +318,8 @@ class RunFolder:
             raise RunFolderError(
                 "this run has no final model yet",
                 got=f"status {manifest.status}",
-                hint="Run the same `fedtrain simulate` command again: it goes on where it was",
+                hint="Run the same `fedtrain simulate` command again: it goes on where it was"
+                + (", once what it failed of is mended" if manifest.status == "failed" else ""),
             )
         content = self.model.read_bytes() if self.model.is_file() else b""
         digest = hashlib.sha256(content).hexdigest()

@@ -240,7 +240,11 @@ def edit(file: Path, old: str, new: str) -> None:
     [
         (
             lambda run: edit(run / "manifest.json", '"complete"', '"interrupted"'),
-            "no final model yet: got status interr",
+            "no final model yet: got status interr.*it goes on where it was$",
+        ),
+        (
+            lambda run: edit(run / "manifest.json", '"complete"', '"failed"'),
+            "got status failed.*it goes on where it was, once what it failed of is mended",
         ),
         (lambda run: (run / "model.safetensors").unlink(), "model.safetensors is missing, damaged or changed"),
         (lambda run: (run / "model.safetensors").write_bytes(b"other"), "is missing, damaged or changed: got SHA-256"),

@@ -105,7 +105,7 @@ def tracked(shown: RunObserver, run: TrackedRun, names: Sequence[str]) -> Iterat
     feed = Feed(names, run, shown.notice)
     try:
         yield _Tracked(shown, feed)
-    except (InterruptedRunError, KeyboardInterrupt):
+    except (InterruptedRunError, KeyboardInterrupt, BrokenPipeError):
         feed.close("interrupted")
         raise
     except BaseException:

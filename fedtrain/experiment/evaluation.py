@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from fedtrain.errors import shorten
 from fedtrain.experiment.base import Section, tag_defaults_to
 
 if TYPE_CHECKING:
@@ -144,6 +145,11 @@ class EvaluationSection(Section):
     def _consistent(self) -> EvaluationSection:
         if (self.target_metric is None) != (self.target_value is None):
             raise ValueError("target_metric and target_value go together: give both or none")
+        if self.target_metric and self.target_value and higher_is_better(self.target_metric) and self.target_value > 1:
+            raise ValueError(
+                f"target_value = {self.target_value:g} is never reached: {shorten(self.target_metric)} is at most 1, "
+                "and 0.9 is 90 %"
+            )
         return self
 
 

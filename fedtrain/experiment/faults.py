@@ -23,6 +23,7 @@ ELSEWHERE = {
 """Keys by the names that other tools have for them, where the nearest key is another or none."""
 
 _ABSENT = object()
+_MOST_PLACES = 3  # where a key may belong that are still a hint
 _LONGEST_LIST = 160  # characters of allowed keys that are still worth reading
 
 
@@ -129,7 +130,10 @@ def _unknown_key(place: _Place, tree: dict[str, Any]) -> Fault:
         listed_kinds = f"{', '.join(others)} or {last}" if others else last
         hint = f"{place.key} goes with {place.tag.rpartition('.')[2]} = {listed_kinds}."
     else:
+        chooser = place.tag.rpartition(".")[2]
         begun = [key for key in keys if len(place.key) > 2 and key.startswith(place.key)]  # eps, for epsilon
+        if chooser and place.key in ("name", "kind"):  # what chooses the table has one of the two names
+            begun = [chooser]
         hint = f"Did you mean {begun[0]}?" if len(begun) == 1 else _elsewhere(place)
         hint = hint or nearest(place.key, keys, otherwise="")
     return Fault(place.path, "an unknown key", expected, hint)
@@ -142,7 +146,7 @@ def _elsewhere(place: _Place) -> str:
     if place.key in ELSEWHERE and table not in ("", "task", "data", "clients", "training"):
         return ""
     paths = [path for path in places_of(place.key) if path != place.path]
-    return f"Did you mean {' or '.join(paths)}?" if paths else ""
+    return f"Did you mean {' or '.join(paths)}?" if 0 < len(paths) <= _MOST_PLACES else ""
 
 
 def _as_meant(got: Any, place: _Place) -> str:

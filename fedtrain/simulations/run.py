@@ -218,7 +218,7 @@ class _Simulation:
             params.load(model, result.params)
             digest = self.folder.write_model(model.state_dict())
             ClientState(self.folder.clients).keep_last()
-        except (InterruptedRunError, KeyboardInterrupt):
+        except (InterruptedRunError, KeyboardInterrupt, BrokenPipeError):  # the last: of `| head`
             self._update_manifest(status="interrupted")
             raise
         except BaseException:

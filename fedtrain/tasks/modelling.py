@@ -15,12 +15,15 @@ from fedtrain.data.base import DataSpec
 from fedtrain.disk import sha256_of
 from fedtrain.errors import InputError, TaskError, shorten
 from fedtrain.experiment.model import ModelSection
+from fedtrain.experiment.schema import inline
 from fedtrain.tasks.checkpointing import checkpoint_modules
 from fedtrain.tasks.initialization import initialize, scale_by_gains
 from fedtrain.tasks.lora import adapter_names, add_adapters
 from fedtrain.tasks.patterns import listed, matching
 
 __all__ = ["adapt", "digests", "trains_in"]
+
+_MOST_PATTERNS = 3  # parts of another model beyond which it has little in common with this one
 
 
 def adapt(model: nn.Module, section: ModelSection, spec: DataSpec, base: Path) -> nn.Module:
@@ -120,7 +123,7 @@ def _load_start(model: nn.Module, section: ModelSection, path: Path) -> None:
     """Write the tensors of a file into a model by name."""
     given = _renamed(_read(path), section.rename)
     live = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    dropped = matching(section.drop, [*live, *given], "model.drop")
+    dropped = matching(section.drop, live | given, "model.drop")
     given = {name: t for name, t in given.items() if name not in dropped}
     fitting = given.keys() & live.keys()
     reached = {id(live[name]) for name in fitting}  # tied tensors may stand in the file once
@@ -148,8 +151,13 @@ def _misfit(
     shown = [f"{shorten(n)} {tuple(given[n].shape)} and not {tuple(live[n].shape)}" for n in odd]
     kinds = {"it lacks": missing, "it has unknown": unknown, "of another kind are": shown}
     what = "; ".join(f"{kind} {listed(names)}" for kind, names in kinds.items() if names)
-    first = shorten((odd or missing or unknown)[0].rpartition(".")[0])
-    hint = f'Leave parts at their initial values with model.drop = ["{first}.*"], or match names with model.rename'
+    layers = (shorten(name.rpartition(".")[0] + ".*" if "." in name else name) for name in [*odd, *missing, *unknown])
+    patterns = list(dict.fromkeys(layers))
+    if len(patterns) <= _MOST_PATTERNS and not given.keys() & live.keys() <= set(odd):
+        hint = f"Leave parts at their initial values with model.drop = {inline(patterns)}, or match names with "
+        hint += "model.rename"
+    else:
+        hint = "It is of another model, whose own task and options fit; or match names with model.rename"
     if any(name.endswith("lora_a.weight") for name in unknown):
         hint = "Its adapters were trained with model.lora: set the same here, or merge them with fedtrain.tasks.lora"
     return InputError(f"the file of model.start does not fit the task's model: {what}", hint=hint)

@@ -67,6 +67,18 @@ def test_json_is_one_event_per_line(fedtrain: Callable, tiny: Path, tmp_path: Pa
     assert again[-1] == complete | {"already": True}
 
 
+def test_a_run_whose_reader_is_gone_is_interrupted_and_goes_on(fedtrain: Callable, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fedtrain", "simulate", tiny, "--out", out]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline().startswith("run ")
+        process.stdout.close()  # as `| head -1` does
+        assert (process.stderr.read(), process.wait()) == ("", 1)
+    assert json.loads((out / "manifest.json").read_text())["status"] == "interrupted"
+    assert fedtrain("simulate", tiny, "--out", out, "--quiet").code == 0
+
+
 def test_a_complete_run_is_left_as_it_is(fedtrain: Callable, tiny: Path, finished: Path) -> None:
     before = contents(finished)
     result = fedtrain("simulate", tiny, "--out", finished)

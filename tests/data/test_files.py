@@ -11,6 +11,7 @@ from PIL import Image
 
 from fedtrain.data.base import Dataset
 from fedtrain.data.sources import load_dataset
+from fedtrain.data.table import Table, Use, table_dataset
 from fedtrain.errors import DataError, MissingExtraError
 from fedtrain.experiment.sections import DataSection
 
@@ -104,6 +105,15 @@ def test_a_table_that_does_not_fit_is_named(tmp_path: Path, text: str, fields: d
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         load(tmp_path, "t.csv", **fields)
+
+
+def test_codes_that_look_like_numbers_are_categories() -> None:
+    few = [*map(str, range(12)), "12+"] * 3  # as many numbers as a count has
+    codes = [f"0{i}" for i in range(31)]  # many, and all of them written as texts
+    for texts, features in ((few, 13), ([*codes, *codes], 31)):
+        labels = np.array(["a"] * len(texts), dtype=object)
+        table = Table("t", {"x": np.array(texts, dtype=object), "y": labels})
+        assert table_dataset(table, Use("y")).spec.input_shape == (features,)
 
 
 def test_a_dropped_column_may_be_of_any_kind_and_the_delimiter_any(tmp_path: Path) -> None:

@@ -49,11 +49,17 @@ def test_of_a_file(tiny: Path) -> None:
         ("evaluation.attack={epsilon=0.1, steps=3}", "evaluation.attack.steps: got an unknown key"),
         ("evaluation.group={above=0.5}", "evaluation.group.column"),
         ('evaluation.target_metric="auroc"', "target_metric and target_value go together"),
+        ('evaluation={target_metric="f1", target_value=90}', "target_value = 90 is never reached: f1 is at most 1"),
     ],
 )
 def test_bad_values_name_their_field(tiny: Path, override: str, message: str) -> None:
     with pytest.raises(ExperimentError, match=message):
         load(tiny, (override,))
+
+
+def test_a_goal_of_an_error_may_be_any_number(tiny: Path) -> None:
+    section = load(tiny, ('evaluation={target_metric="mae", target_value=90}',)).evaluation
+    assert section.target_value == 90
 
 
 def test_what_does_not_go_with_the_rest() -> None:

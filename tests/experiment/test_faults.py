@@ -178,6 +178,10 @@ def test_a_missing_section_is_a_fault(faults):
         (MINIMAL + 'partition.kind = "dirichlett"\n', "data.partition.kind", "Did you mean dirichlet?"),
         ('clients.sampling = "unifrom"\n', "clients.sampling", "Did you mean uniform?"),
         ('strategy.name = "scafold"\n', "strategy.name", "Did you mean scaffold?"),
+        ('strategy.name = "SCAFFOLD"\n', "strategy.name", "Did you mean scaffold?"),
+        (MINIMAL + 'partition.name = "dirichlet"\n', "data.partition.name", "Did you mean kind?"),
+        ('strategy.kind = "fedadam"\n', "strategy.kind", "Did you mean name?"),
+        (MINIMAL + "[gate]\nname = 1\n", "gate.name", ""),  # too many tables have a name
         ('clients.duration.kind = "const"\n', "clients.duration.kind", "Did you mean constant?"),
         ("strategy.mu = 1\n", "strategy.mu", "mu goes with name = fedprox or ditto."),
         ("strategy.q = 1\n", "strategy.q", "q goes with name = qfedavg."),

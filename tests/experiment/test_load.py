@@ -95,6 +95,7 @@ def reconcile(document: dict[str, Any]) -> dict[str, Any]:
         evaluation.pop("target_metric", None)
     if "target_metric" in evaluation:
         document.pop("personalization", None)
+        evaluation["target_value"] = min(evaluation["target_value"], 1.0)  # no accuracy is above
     clients["per_round"] = min(clients.get("per_round", 5), data.get("clients", 5))
     match strategy.get("name"):
         case "scaffold" | "fednova" | "qfedavg":

@@ -99,10 +99,20 @@ def test_a_start_with_other_names_and_another_head(tmp_path):
     assert equal(model, perceptron()) == {"fc2.weight", "fc2.bias"}
     why = (
         r"it has unknown projector\.weight; of another kind are fc2\.weight \(7, 5\) and not \(3, 5\), "
-        r'fc2\.bias .*model\.drop = \["fc2\.\*"\]'
+        r'fc2\.bias .*model\.drop = \["fc2\.\*", "projector\.\*"\]'
     )
     with pytest.raises(InputError, match=why):
         adapted(perceptron(), tmp_path, **fields)
+
+
+def test_a_start_of_another_model_is_called_one_and_a_part_without_a_layer_is_named_alone(tmp_path):
+    other = {name: torch.ones(7, 7) for name in perceptron().state_dict()}
+    save_file(other, tmp_path / "start.safetensors")
+    with pytest.raises(InputError, match=r"of another kind are fc1.*It is of another model.*model\.rename"):
+        adapted(perceptron(), tmp_path, start="start.safetensors")
+    save_file({**perceptron().state_dict(), "scale": torch.ones(1)}, tmp_path / "start.safetensors")
+    with pytest.raises(InputError, match=r'it has unknown scale\..*model\.drop = \["scale"\]'):
+        adapted(perceptron(), tmp_path, start="start.safetensors")
 
 
 def test_a_start_that_lacks_much_is_refused_with_the_first_few(tmp_path):
