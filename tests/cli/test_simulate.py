@@ -71,7 +71,8 @@ def test_a_run_whose_reader_is_gone_is_interrupted_and_goes_on(fedtrain: Callabl
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fedtrain", "simulate", tiny, "--out", out]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stderr
+        assert process.stdout
+        assert process.stderr
         assert process.stdout.readline().startswith("run ")
         process.stdout.close()  # as `| head -1` does
         assert (process.stderr.read(), process.wait()) == ("", 1)
