@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ USUAL = gc.get_threshold()
 import fedtrain.collecting  # noqa: E402
 
 gc.set_threshold(*USUAL)
+
+# A shell's background job starts with Ctrl-C ignored, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Machines are shared: how long an example takes tells nothing.
 settings.register_profile("fedtrain", deadline=None, suppress_health_check=[HealthCheck.too_slow])

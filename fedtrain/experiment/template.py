@@ -122,7 +122,7 @@ TEMPLATES: dict[str, Template] = {
         },
     ),
     "heart-disease": Template(
-        "Heart disease in four hospitals, logistic regression, as in FLamby (Ogier du Terrail et al. 2022).",
+        "Heart disease in four hospitals, logistic regression, after FLamby (Ogier du Terrail et al. 2022).",
         _DATA_ROOT,
         {
             "rounds": 15,

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedtrain.data.base import Dataset
 from fedtrain.data.sources.request import Request
 from fedtrain.data.table import Table, Use, table_dataset
-from fedtrain.errors import DataError, nearest
+from fedtrain.errors import DataError, MissingExtraError, nearest
 
 __all__ = ["adult", "heart_disease", "parkinsons", "wisdm"]
 
@@ -25,6 +26,7 @@ _HEART = (
     *("slope", "ca", "thal", "target"),
 )
 _HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
+_FLAMBY_SEED, _FLAMBY_TRAIN = 43, 0.66
 
 _WISDM = (
     *("id", "user"),
@@ -48,11 +50,11 @@ _ADULT_NUMBERS = ("age", "fnlwgt", "education-num", "capital-gain", "capital-los
 _ADULT_CLIENTS = ("native-country", "workclass")
 
 
-def heart_disease(request: Request) -> Dataset:
+def heart_disease(request: Request, *, split: Literal["flamby"] | None = None) -> Dataset:
     """Load 740 patients of four hospitals, with or without heart disease, prepared as in FLamby.
 
     The columns slope, ca and thal are left out, then incomplete rows; chest pain and resting ECG are one-hot without
-    their first level.
+    their first level. `split = "flamby"` sets the rows of FLamby's test set apart, the same for every seed.
 
     References:
         Janosi, Steinbrunn, Pfisterer, Detrano: Heart Disease. UCI Machine Learning Repository, 1988.
@@ -71,7 +73,8 @@ def heart_disease(request: Request) -> Dataset:
     columns |= {f"cp={level}": (rows["cp"] == level).astype(np.float32) for level in (2, 3, 4)}
     columns |= {f"restecg={level}": (rows["restecg"] == level).astype(np.float32) for level in (1, 2)}
     columns["disease"] = np.where(rows["target"] > 0, "yes", "no").astype(object)
-    return table_dataset(Table(request.source, columns), Use("disease", "class", "hospital", request.section.drop))
+    data = table_dataset(Table(request.source, columns), Use("disease", "class", "hospital", request.section.drop))
+    return data if split is None else _with_flambys_test_set(data)
 
 
 def wisdm(request: Request) -> Dataset:
@@ -136,6 +139,37 @@ def adult(request: Request) -> Dataset:
         test_inputs=both.inputs[train:],
         test_targets=both.targets[train:],
         client_index=None if both.client_index is None else both.client_index[:train],
+    )
+
+
+def _with_flambys_test_set(data: Dataset) -> Dataset:
+    """Set about a third of each hospital's rows apart, stratified unless a class has at most two."""
+    try:
+        from sklearn.model_selection import train_test_split
+    except ImportError as exc:
+        raise MissingExtraError("scikit-learn", "data", "FLamby's split") from exc
+
+    assert data.client_index is not None, "each row has its hospital"
+    is_train = torch.zeros(len(data.targets), dtype=torch.bool)
+    for hospital in range(len(data.client_names)):
+        rows = torch.nonzero(data.client_index == hospital)[:, 0]
+        labels = data.targets[rows].numpy()
+        scarce = min(np.bincount(labels, minlength=2)) <= 2
+        train, _ = train_test_split(
+            rows.numpy(),
+            train_size=_FLAMBY_TRAIN,
+            test_size=1 - _FLAMBY_TRAIN,
+            random_state=_FLAMBY_SEED,
+            stratify=None if scarce else labels,
+        )
+        is_train[train] = True
+    return replace(
+        data,
+        inputs=data.inputs[is_train],
+        targets=data.targets[is_train],
+        client_index=data.client_index[is_train],
+        test_inputs=data.inputs[~is_train],
+        test_targets=data.targets[~is_train],
     )
 
 

@@ -91,6 +91,25 @@ def test_incomplete_patients_are_dropped_and_levels_are_one_hot(small_root: Path
     assert data.targets.tolist() == [1, 0] * 4
 
 
+def test_flambys_test_set_is_set_apart(small_root: Path) -> None:
+    data = load("heart-disease", small_root, options={"split": "flamby"})
+    assert data.test_inputs is not None
+    assert data.client_index is not None
+    assert data.client_index.tolist() == [0, 1, 2, 3]  # one of two rows each
+    assert (len(data.inputs), len(data.targets), data.test_inputs.shape) == (4, 4, (4, 13))
+    with pytest.raises(DataError, match="data.options.split: Input should be 'flamby': got flamb"):
+        load("heart-disease", small_root, options={"split": "flamb"})
+
+
+@pytest.mark.real_data
+def test_flambys_test_set_has_the_published_sizes(data_root: Path) -> None:
+    data = load("heart-disease", data_root, options={"split": "flamby"})
+    assert data.test_inputs is not None
+    assert data.client_index is not None
+    assert torch.bincount(data.client_index).tolist() == [199, 172, 30, 85]
+    assert len(data.test_inputs) == 104 + 89 + 16 + 45
+
+
 def test_official_headers_are_skipped_and_question_marks_are_missing(small_root: Path) -> None:
     wisdm = load("wisdm", small_root)
     assert (wisdm.inputs.shape, wisdm.client_names, wisdm.spec.class_names) == ((1, 43), ("33",), ("Jogging",))
