@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,7 +14,7 @@ __all__ = ["atomic_write", "put_in_place", "sha256_of"]
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file all or nothing.
+    """Write a file all or nothing; of several writers at once, each writes the whole of it.
 
     Args:
         path: the file; its folder must exist.
@@ -22,15 +24,38 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         OSError: from the file system; the old file stays as it was.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
+    with _opened_alone(temporary) as file:
+        try:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        put_in_place(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            put_in_place(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _opened_alone(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, emptied of what a kill may have left, while no other thread or process has it open in this way."""
+    while True:
+        with open(path, "wb", opener=_without_emptying) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, path):  # it is not, where another writer had the lock and has given the file its name
+                file.truncate()
+                yield file
+                return
+
+
+def _without_emptying(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_TRUNC, 0o666)
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def put_in_place(finished: Path, target: Path) -> None:

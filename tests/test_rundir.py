@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,24 @@ def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> N
     with pytest.raises(OSError, match="No space"):
         atomic_write(path, half)
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    path, torn = tmp_path / "file", []
+    contents = [bytes([number]) * 100_000 for number in range(4)]
+
+    def write(content: bytes) -> None:
+        for _ in range(50):
+            atomic_write(
+                path, lambda file: [file.write(content[at : at + 1000]) for at in range(0, len(content), 1000)]
+            )
+            torn.extend([1] if path.read_bytes() not in contents else [])
+
+    (tmp_path / ".file.tmp").write_bytes(b"left by a kill" * 100_000)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, contents))
+    assert not torn
     assert list(tmp_path.iterdir()) == [path]
 
 

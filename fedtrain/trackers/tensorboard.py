@@ -25,8 +25,9 @@ class TensorBoard:
 
         folder = run.folder / "tensorboard"
         folder.mkdir(exist_ok=True)
-        # TensorBoard reads the files of a folder in the order of their names.
-        self._records = RecordWriter((folder / f"events.out.tfevents.{now():018.6f}").open("xb"))
+        # TensorBoard reads the files of a folder in the order of their names, and a clock may have been set back.
+        number = sum(1 for _ in folder.iterdir())
+        self._records = RecordWriter((folder / f"events.out.tfevents.{number:06}").open("xb"))
         self._next_round = -1
         self._write(file_version="brain.Event:2")
 

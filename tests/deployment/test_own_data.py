@@ -64,7 +64,7 @@ def test_the_same_bytes_as_the_pooled_table(tmp_path: Path) -> None:
         start("client", "--server", address, "--insecure", name, "--data", f"{name}.csv", "--once")
         for name in ("south", "north")
     ]
-    assert [process.wait(60) for process in (server, *clients)] == [0, 0, 0]
+    assert [process.wait(120) for process in (server, *clients)] == [0, 0, 0]
     for process in (server, *clients):
         assert process.stderr is not None
         process.stderr.close()

@@ -35,14 +35,14 @@ def test_a_deadline_ends_a_round_without_the_slow(deployment: Any) -> None:
 
 
 def test_a_buffer_fills_without_the_slow_whose_update_comes_later(deployment: Any) -> None:
-    server = deployment.server(*FEDBUFF, "rounds=6")
+    server = deployment.server(*FEDBUFF, "rounds=12")
     deployment.clients("client-1")
     slow = deployment.client("client-1", step_1="hold")
-    server.says("round 2/6")
+    server.says("round  2/12")
     slow.go_on("step 1")
     server.ends(0)
     records = deployment.rounds()
-    assert [len(record["participants"]) for record in records] == [2] * 6
+    assert [len(record["participants"]) for record in records] == [2] * 12
     assert not any("client-1" in record["participants"] for record in records[:2])
     assert any("client-1" in record["participants"] for record in records[2:])
     assert any(record["staleness"] > 0 for record in records[2:])

@@ -13,7 +13,7 @@ import pytest
 
 KILL_AT = Path(__file__).with_name("kill_at.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-LONG = ("rounds=60", "run.checkpoint_seconds=1000")
+LONG = ("rounds=200", "run.checkpoint_seconds=1000")
 linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in Linux's /proc")
 
 
@@ -95,7 +95,7 @@ def test_interrupted_says_how_to_resume_and_resumes(
     number: signal.Signals, tiny: Path, tmp_path: Path, simulated: Callable
 ) -> None:
     process = start(tiny, tmp_path / "out", *LONG)
-    wait_for(process, "round  3/60")
+    wait_for(process, "round   3/200")
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -122,7 +122,7 @@ def test_a_killed_worker_ends_the_run_with_one_error_and_it_resumes(
     tiny: Path, tmp_path: Path, simulated: Callable
 ) -> None:
     process = start(tiny, tmp_path / "out", *LONG, "run.workers=2")
-    wait_for(process, "round  2/60")
+    wait_for(process, "round   2/200")
     workers = workers_of(process.pid)
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)

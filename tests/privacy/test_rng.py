@@ -107,12 +107,13 @@ def test_a_seed_repeats_everything_and_says_so() -> None:
 
 FORK = """
 import os, pickle, sys
+import torch
 from fedtrain.privacy.rng import NoiseSource
 
 source = NoiseSource()
 source.gaussian((3,), 1.0)  # leaves a block half used, which the child inherits
 child = os.fork()
-drawn = source.gaussian((1000,), 1.0).tolist(), source.poisson_mask(64, 0.5).tolist()
+drawn = source.gaussian((1000,), 1.0, torch.float64).tolist(), source.poisson_mask(64, 0.5).tolist()
 with open(sys.argv[1 if child else 2], "wb") as file:
     pickle.dump(drawn, file)
 if child:

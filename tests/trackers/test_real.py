@@ -11,6 +11,7 @@ import pytest
 from fedtrain.experiment.sections import Experiment
 from fedtrain.records import Histogram, RoundRecord
 from fedtrain.rundir import RunFolder
+from fedtrain.trackers import tensorboard
 from fedtrain.trackers.base import TrackedRun
 from fedtrain.trackers.feed import Feed
 
@@ -41,6 +42,19 @@ def test_tensorboard_shows_each_round_once_also_after_a_resume(tmp_path: Path) -
     assert losses[7].value == pytest.approx(1 / 8)
     assert found.Scalars("seconds/train")[0].step == 1
     assert [tag for tag in found.Tags()["scalars"] if tag.startswith("central/odd___name-")]
+
+
+def test_tensorboard_shows_a_resumed_run_whose_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for clock, numbers in ((2000.0, range(6)), (1000.0, range(3, 8))):
+        monkeypatch.setattr(tensorboard, "now", lambda clock=clock: clock)
+        feed_rounds("tensorboard", tmp_path, numbers)
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in found.Scalars("central/loss")] == list(range(8))
 
 
 def test_tensorboard_follows_a_run_that_goes_back_in_the_same_process(tmp_path: Path) -> None:
@@ -106,6 +120,7 @@ def test_wandb_is_offline_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     feed_rounds("wandb", tmp_path, range(4), "interrupted")
+    time.sleep(1.1)  # W&B names its folders by the second
     feed_rounds("wandb", tmp_path, range(2, 6))
     offline = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(offline) == 2

@@ -122,7 +122,7 @@ def test_what_fails_or_dies_in_a_helper_is_one_error_and_the_next_call_starts_an
     assert float(several(batch, trained)[0]) == float(loss)
     (process,) = several._processes
     del several
-    process.join(10)
+    process.join(60)
     assert process.exitcode is not None
 
 

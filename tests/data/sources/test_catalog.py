@@ -97,7 +97,7 @@ def test_flambys_test_set_is_set_apart(small_root: Path) -> None:
     assert data.client_index is not None
     assert data.client_index.tolist() == [0, 1, 2, 3]  # one of two rows each
     assert (len(data.inputs), len(data.targets), data.test_inputs.shape) == (4, 4, (4, 13))
-    with pytest.raises(DataError, match="data.options.split: Input should be 'flamby': got flamb"):
+    with pytest.raises(DataError, match=r"data.options.split: Input should be 'flamby': got flamb"):
         load("heart-disease", small_root, options={"split": "flamb"})
 
 
