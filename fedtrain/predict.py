@@ -31,10 +31,12 @@ class Predictions(NamedTuple):
     Attributes:
         header: the columns' names.
         rows: made one by one, of results that are there already.
+        note: what its reader should know; "" for nothing.
     """
 
     header: tuple[str, ...]
     rows: Iterator[tuple[str, ...]]
+    note: str = ""
 
 
 def predictions(run: Path, inputs: Path) -> Predictions:
@@ -68,11 +70,16 @@ def predictions(run: Path, inputs: Path) -> Predictions:
     outputs = _outputs(model, preparation, raw, experiment.evaluation.batch_size)
     names = list(map(_printable, names))
     labels = _labels(spec)
+    note = ""
+    if preparation.scaled_per_client:
+        note = f"these {len(raw)} rows are scaled by their own mean and deviation, as each client's were in training"
+        note += ": what is predicted for one depends on the others"
     if spec.target == "number":
-        return Predictions(("row", "prediction"), zip(names, map(str, outputs.numpy())))
+        return Predictions(("row", "prediction"), zip(names, map(str, outputs.numpy())), note)
     if spec.target == "tokens":
         return Predictions(("row", "rank", "prediction", "p"), _likeliest(names, outputs, labels))
-    return Predictions(("row", "prediction", *(f"p({label})" for label in labels)), _classes(names, outputs, labels))
+    header = ("row", "prediction", *(f"p({label})" for label in labels))
+    return Predictions(header, _classes(names, outputs, labels), note)
 
 
 def _model(experiment: Experiment, spec: DataSpec, base: Path, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -6,10 +6,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedtrain.errors import shorten
+
 __all__ = ["PERSONAL", "DataSummary", "Heterogeneity", "Histogram", "Manifest", "PrivacySummary", "RoundRecord"]
 
 PERSONAL = "personal_"
 """Prefix of a metric that was measured on the client's own model rather than the global one."""
+_MOST_NAMED = 5  # clients that are left out
 
 
 class _Record(BaseModel):
@@ -138,6 +141,17 @@ class DataSummary(_Record):
     """(shown clients,) examples."""
     heterogeneity: Heterogeneity | None
     """None where targets are tokens."""
+    left_out: dict[str, int] = {}
+    """Natural clients that take no part, for they have fewer examples than data.partition.min_examples."""
+
+    def told_left_out(self) -> str:
+        """Name the clients that are left out, the first of many; "" if there are none."""
+        if not self.left_out:
+            return ""
+        named = [f"{shorten(name, 40)} ({size:,})" for name, size in list(self.left_out.items())[:_MOST_NAMED]]
+        more = len(self.left_out) - len(named)
+        listed = ", ".join(named) + (f" and {more:,} more" if more else "")
+        return f"Left out, with fewer examples than data.partition.min_examples: {listed}"
 
 
 class PrivacySummary(_Record):

@@ -42,7 +42,7 @@ def finish(folder: Path, text: str) -> Path:
 
 
 def table(run: Path, inputs: Path) -> list[dict[str, str]]:
-    header, rows = predictions(run, inputs)
+    header, rows, _ = predictions(run, inputs)
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
@@ -129,6 +129,26 @@ def test_a_number_for_a_users_table_to_the_last_bit(tmp_path: Path, scaling: str
     rows = table(run, tmp_path / "new.csv")
     assert rows[0].keys() == {"row", "prediction"}
     assert torch.equal(floats(rows, "prediction")[:, 0], expected)
+
+
+def test_rows_that_are_scaled_by_themselves_are_told_of_and_any_delimiter_is_read(
+    tmp_path: Path, fedtrain: Callable[..., Any]
+) -> None:
+    (tmp_path / "people.csv").write_text("age;colour;income;score;town\n" + PEOPLE.replace(",", ";"))
+    run = finish(
+        tmp_path,
+        '[task]\nname = "regressor"\n[data]\npath = "people.csv"\ntarget = "score"\nclient_column = "town"\n'
+        'partition = { kind = "natural" }\nscaling = "client"\noptions = { delimiter = ";" }\n',
+    )
+    rows = [line.split(",")[:3] for line in PEOPLE.splitlines()]
+    printed = []
+    for mark in ";,\t":
+        lines = [mark.join(row) for row in [["age", '"colour"', "income"], *rows]]
+        (tmp_path / "new.csv").write_text("\ufeff" + "\n".join(lines))
+        printed.append(fedtrain("predict", run, tmp_path / "new.csv"))
+    assert {result.code for result in printed} == {0}
+    assert len({result.out for result in printed}) == 1
+    assert printed[0].err.startswith("note: these 12 rows are scaled by their own mean and deviation")
 
 
 def test_names_of_classes_and_files_cannot_steer_the_terminal(tmp_path: Path, fedtrain: Callable[..., Any]) -> None:

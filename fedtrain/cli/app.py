@@ -384,4 +384,7 @@ def predict(
     from fedtrain.cli.tables import write_csv
     from fedtrain.predict import predictions
 
-    write_csv(predictions(run, inputs), out)
+    table = predictions(run, inputs)
+    if table.note:
+        say(f"note: {table.note}", err=True)
+    write_csv(table, out)

@@ -108,7 +108,7 @@ def _chart(found: RangeTest) -> Iterator[str]:
 
 def _verdict(found: RangeTest, high: float) -> Iterator[str]:
     if found.steepest is None:
-        yield "The loss does not fall at any rate: lower --from, or give more --steps."
+        yield "The loss does not fall at any rate: lower --from, or give more --steps. See also `fedtrain check`."
         return
     fall = 1 - found.smoothed.min() / found.smoothed[0]
     if found.smoothed[0] > 0 and fall < _CLEAR:

@@ -122,7 +122,8 @@ class PartitionedData:
         # index_select copies whole rows: three times as fast as indexing.
         inputs, targets = (t.index_select(0, rows) for t in (self.dataset.inputs, self.dataset.targets))
         test, validation, train = self._split(position)
-        inputs = self.preparation.apply(inputs, fitted_on=inputs if len(train) == len(rows) else inputs[train])
+        # A client that never trains is scaled by its own rows all the same, as it would be once it uses the model.
+        inputs = self.preparation.apply(inputs, fitted_on=inputs if len(train) in (0, len(rows)) else inputs[train])
         if self.partition.noise_variance is not None:
             rng = generator(self.seed, "feature-noise", client_id)
             noise = torch.from_numpy(rng.standard_normal(inputs.shape, dtype=np.float32))

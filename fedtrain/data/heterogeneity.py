@@ -104,6 +104,7 @@ def summarize(
         label_counts=counts[shown].tolist(),
         shown_sizes=sizes[shown].tolist(),
         heterogeneity=measure(counts, sizes) if label_names else None,
+        left_out=dict(partition.left_out),
     )
 
 

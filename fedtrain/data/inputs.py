@@ -14,6 +14,7 @@ from fedtrain.data.readers import (
     IMAGE_SUFFIXES,
     array_inputs,
     arrow_column,
+    delimiter_of,
     image_header,
     read_csv,
     read_images,
@@ -101,8 +102,9 @@ def _read_table(path: Path, section: DataSection, preparation: Preparation) -> N
     """Read a table whose columns are in any order; those that are no features are ignored."""
     feature_names = preparation.spec.feature_names
     if path.suffix.lower() == ".csv":
-        delimiter = section.options.get("delimiter", ",") if section.path is not None else ","
-        columns = read_csv(path, delimiter, text_columns(feature_names))
+        texts = text_columns(feature_names)
+        asked = section.options.get("delimiter", ",") if section.path is not None else ","
+        columns = read_csv(path, delimiter_of(path, asked, texts.union(feature_names)), texts)
     else:
         columns = read_parquet(path)
     used = dict.fromkeys(feature_columns(path.name, feature_names, columns.column_names))

@@ -9,8 +9,8 @@ repaired client may hold labels that its kind of partition would not have given 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,12 +64,14 @@ class Partition:
         offsets: `(clients + 1,)` where each client's rows start; the last entry is the number of rows used.
         names: `(clients,)`; `names.index(name)` is the client's position.
         noise_variance: `(clients,)` variance of the Gaussian noise to add to scaled features; None for none.
+        left_out: natural clients with fewer than `min_examples` rows -> their rows.
     """
 
     indices: NDArray[np.int64]
     offsets: NDArray[np.int64]
     names: Sequence[str]
     noise_variance: NDArray[np.float32] | None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def rows(self, position: int) -> NDArray[np.int64]:
         """`(examples,)` rows of the client at a position, as a view."""
@@ -148,7 +150,8 @@ def _natural(section: NaturalPartition, rows: RowFacts) -> Partition:
         )
     new_position = np.where(kept, np.cumsum(kept) - 1, -1)
     names = GivenNames(name for name, keep in zip(rows.client_names, kept) if keep)
-    return Partition(*_grouped(new_position[rows.client_index], len(names)), names, None)
+    left_out = {rows.client_names[small]: int(sizes[small]) for small in np.flatnonzero(~kept).tolist()}
+    return Partition(*_grouped(new_position[rows.client_index], len(names)), names, None, left_out)
 
 
 def _quantity(section: QuantityPartition, clients: int, rows: RowFacts, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "array_inputs",
     "arrow_column",
+    "delimiter_of",
     "image_header",
     "read_csv",
     "read_images",
@@ -27,6 +30,9 @@ __all__ = [
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
+_DELIMITERS = (",", ";", "\t", "|")
+_LONGEST_HEADER = 1 << 20  # bytes
+_CONVERT = "Convert the file, such as by: iconv -f {} -t utf-8 FILE > NEW"
 _MISSING_TEXTS = ["", "?", "NA", "N/A", "NaN", "nan", "null", "NULL"]
 
 
@@ -50,15 +56,47 @@ def read_csv(path: Path, delimiter: str, texts: Collection[str] = ()) -> Any:
         from pyarrow import csv
     except ImportError as exc:
         raise MissingExtraError("pyarrow", "data", "reading CSV files") from exc
+    header = _header(path)
+    likely = max(_DELIMITERS, key=header.count)
+    is_other = header.count(likely) > header.count(delimiter)
+    hint = f"Set data.options.delimiter = {json.dumps(likely)}" if is_other else ""
     parse = csv.ParseOptions(delimiter=delimiter)
     types = dict.fromkeys(texts, pa.string())
     convert = csv.ConvertOptions(null_values=_MISSING_TEXTS, strings_can_be_null=True, column_types=types)
     try:
         table = csv.read_csv(path, parse_options=parse, convert_options=convert)
     except (pa.ArrowException, OSError) as exc:
-        raise _unreadable(path, exc) from exc
+        raise _unreadable(path, exc, hint) from exc
+    if hint and len(table.column_names) == 1:
+        raise DataError(f"{path.name} has one column", got=table.column_names[0], expected="several", hint=hint)
     _refuse_twins(path, table.column_names)
     return table
+
+
+def _header(path: Path) -> str:
+    """The first line of a CSV file; "" where there is none.
+
+    Raises:
+        DataError: it is not text in UTF-8, but in UTF-16.
+    """
+    try:
+        with path.open("rb") as file:
+            line = file.readline(_LONGEST_HEADER)
+    except OSError:
+        return ""  # who reads all of it says why
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path.name} is not text in UTF-8", got="UTF-16", hint=_CONVERT.format("utf-16"))
+    return line.decode(errors="replace")
+
+
+def delimiter_of(path: Path, asked: str, known: Collection[str]) -> str:
+    """Find what divides a CSV file's cells: what gives most of the known columns, and `asked` unless another does."""
+    header = _header(path).lstrip("\ufeff").strip()
+
+    def found(mark: str) -> int:
+        return len({cell.strip('"') for cell in header.split(mark)}.intersection(known))
+
+    return max((asked, *_DELIMITERS), key=found)
 
 
 def read_parquet(path: Path) -> Any:
@@ -94,14 +132,17 @@ def arrow_column(path: Path, name: str, column: Any) -> NDArray[Any]:
         column, kind = column.cast(kind.value_type), kind.value_type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return np.array(column.to_pylist(), dtype=object)
-    if pa.types.is_boolean(kind):
-        column = column.cast(pa.int8())
+    if pa.types.is_boolean(kind):  # as they are, a target's classes are called True and False
+        column = column.cast(pa.int8()) if column.null_count else column
     elif pa.types.is_decimal(kind) or pa.types.is_null(kind):
         column = column.cast(pa.float64())
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise DataError(
-            f"{path.name}, column {name!r}: neither numbers nor texts", got=str(kind), hint="Add it to data.drop"
-        )
+        what, hint = str(kind), "Add it to data.drop"
+        if pa.types.is_temporal(kind):
+            what, hint = "dates or times", f"{hint}, or write it as a number, such as days since some date"
+        elif pa.types.is_binary(kind) and path.suffix.lower() == ".csv":
+            what, hint = "letters that are not in UTF-8", _CONVERT.format("latin1")
+        raise DataError(f"{path.name}, column {name!r}: neither numbers nor texts", got=what, hint=hint)
     values: NDArray[Any] = column.to_numpy()
     return values
 
@@ -224,5 +265,6 @@ def _use_image(file: Path, use: Callable[[Any], Any]) -> Any:
         raise _unreadable(file, exc) from exc
 
 
-def _unreadable(path: Path, exc: BaseException) -> DataError:
-    return DataError(f"{path} cannot be read: {str(exc).splitlines()[0] if str(exc) else type(exc).__name__}")
+def _unreadable(path: Path, exc: BaseException, hint: str = "") -> DataError:
+    why = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+    return DataError(f"{path} cannot be read: {why}", hint=hint or (_CONVERT.format("latin1") if "UTF8" in why else ""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +31,7 @@ TargetType = Literal["auto", "class", "number"]
 _MOST_LEVELS, _MOST_CLASSES = 1000, 100
 _FEW = 20  # different values that are few in any table
 _STRAYS = 0.1  # share of a column's different values that may be texts for the others to be meant as numbers
+_NUMBER = re.compile(r"\s*[-+]?\d[\d.,'\s]*%?\s*")  # as people write one
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,7 @@ def table_dataset(table: Table, use: Use) -> Dataset:
     asked = [use.target, *([use.client_column] if use.client_column is not None else []), *use.drop]
     for column in asked:
         if column not in table.columns:
-            hint = nearest(column, table.columns)
-            if len(table.columns) == 1 and (found := [mark for mark in ";\t|" if mark in next(iter(table.columns))]):
-                hint = f"Set data.options.delimiter = {json.dumps(found[0])}"
-            raise DataError(f"{table.name} has no such column", got=column, hint=hint)
+            raise DataError(f"{table.name} has no such column", got=column, hint=nearest(column, table.columns))
     targets, class_names = encode_target(
         table.columns[use.target], use.target_type, f"{table.name}, column {use.target!r}"
     )
@@ -133,6 +131,8 @@ def encode_target(values: Column, target_type: TargetType, where: str) -> tuple[
     """
     is_text = values.dtype.kind in "OUS"
     if target_type == "number" and is_text:
+        if _meant_as_numbers(np.unique(values[~_missing(values)].astype(str)).tolist()):
+            _numbers(values.astype(object), where)
         raise DataError(f"{where}: the target is text", expected="numbers", hint='Set data.target_type = "class"')
     fractions = values.dtype.kind == "f" and bool(np.any(np.mod(values, 1) > 0))
     if target_type == "number" or (target_type == "auto" and fractions):
@@ -146,8 +146,16 @@ def encode_target(values: Column, target_type: TargetType, where: str) -> tuple[
                 got=f"{different} different whole numbers in {len(values)} rows",
                 hint='Set data.target_type = "number", or "class"',
             )
-    elif target_type == "auto" and _meant_as_numbers(np.unique(values[~_missing(values)].astype(str)).tolist()):
-        _numbers(values, where)  # which names the first that is none
+    elif target_type == "auto":
+        levels = np.unique(values[~_missing(values)].astype(str))
+        if _meant_as_numbers(levels.tolist()):
+            _numbers(values.astype(object), where, 'If these are classes, set data.target_type = "class"')
+        if _too_many(len(levels), len(values), _MOST_LEVELS):
+            raise DataError(
+                f"{where}: too many different texts to be classes",
+                got=f"{len(levels)} in {len(values)} rows, such as {_some(levels)}",
+                hint='If they are, set data.target_type = "class"',
+            )
     return _levels(values, where)
 
 
@@ -214,19 +222,19 @@ def _before_equals(name: str) -> list[str]:
     return [name[:position] for position, char in enumerate(name) if char == "="]
 
 
-def _numbers(values: Column, where: str) -> NDArray[np.float32]:
-    """`(N, 1)`; texts are parsed."""
+def _numbers(values: Column, where: str, hint: str = "") -> NDArray[np.float32]:
+    """`(N, 1)`; texts are parsed, and the first that is no number is named."""
     if values.dtype.kind == "O":
-        texts, values = values, np.full(len(values), np.nan)
-        for row, text in enumerate(texts):
-            try:
-                values[row] = np.nan if text is None else float(text)
-            except ValueError as exc:
-                raise DataError(
-                    f"{where}, row {row + 1}: text in a column of numbers",
-                    got=text,
-                    hint="Correct the cell, or leave it empty if the value is not known",
-                ) from exc
+        wrong = [row for row, text in enumerate(values) if text is not None and not _is_number(text)]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise DataError(
+                f"{where}, data row {wrong[0] + 1}{more}: text in a column of numbers",
+                got=values[wrong[0]],
+                expected="a number such as 1234.5, or an empty cell if it is not known",
+                hint=hint,
+            )
+        values = np.array([np.nan if text is None else float(text) for text in values])
     with np.errstate(over="ignore"):  # what is too large becomes inf, which the checks of inputs name
         return values.astype(np.float32)[:, None]
 
@@ -241,7 +249,7 @@ def _one_hot(values: Column, levels: Sequence[str], where: str) -> NDArray[np.fl
     unknown = np.flatnonzero(~missing & ~is_level.any(axis=1))
     if len(unknown):
         raise DataError(
-            f"{where}, row {unknown[0] + 1}: a text that the training data did not have",
+            f"{where}, data row {unknown[0] + 1}: a text that the training data did not have",
             got=str(values[unknown[0]]),
             expected=shorten(", ".join(levels), 300),
             hint="Leave the cell empty if it is not known",
@@ -256,22 +264,43 @@ def _encode(table: str, name: str, values: Column) -> tuple[list[str], NDArray[n
     missing = _missing(values)
     levels = np.unique(values[~missing].astype(str))
     if _meant_as_numbers(levels.tolist()):
-        return [name], _numbers(values, f"{table}, column {name!r}")  # which names the first that is none
+        return [name], _numbers(
+            values, f"{table}, column {name!r}", "If these are no numbers at all, add the column to data.drop"
+        )
     if _too_many(len(levels), len(values), _MOST_LEVELS):
-        shown = ", ".join(shorten(level, 20) for level in levels[:3])
         raise DataError(
             f"{table}, column {name!r}: too many different texts to be categories",
-            got=f"{len(levels)} in {len(values)} rows, such as {shown}",
+            got=f"{len(levels)} in {len(values)} rows, such as {_some(levels)}",
             expected=f"at most {_MOST_LEVELS}, and at most {_FEW} or one for two rows",
             hint="Add it to data.drop, or name it as data.client_column; if it is of numbers, write them as such",
         )
+    _refuse_spellings(levels, f"{table}, column {name!r}")
     return [f"{name}={level}" for level in levels], _one_hot(values, levels.tolist(), f"{table}, column {name!r}")
 
 
+def _refuse_spellings(levels: NDArray[np.str_], where: str) -> None:
+    """Refuse texts that differ only in case or in blanks around them: single letters may."""
+    seen: dict[str, str] = {}
+    for level in map(str, levels):
+        bare = level.strip()
+        known = seen.setdefault(bare if len(bare) == 1 else bare.casefold(), level)
+        if known != level:
+            raise DataError(
+                f"{where}: two spellings of what seems one text",
+                got=f"{known!r} and {level!r}",
+                hint="Write it in one way",
+            )
+
+
+def _some(levels: NDArray[np.str_]) -> str:
+    return ", ".join(shorten(level, 20) for level in levels[:3])
+
+
 def _meant_as_numbers(levels: Sequence[str]) -> bool:
-    """Whether a column's different texts are many numbers and a few others."""
-    strays = sum(not _is_number(level) for level in levels)
-    return len(levels) > _FEW and 0 < strays <= len(levels) * _STRAYS
+    """Whether a column's different texts are many numbers, as 17.5 or as 17,5 or 17 %, and a few others."""
+    unread = [level for level in levels if not _is_number(level)]
+    strays = sum(_NUMBER.fullmatch(level) is None for level in unread)
+    return len(levels) > _FEW and bool(unread) and strays <= len(levels) * _STRAYS
 
 
 def _is_number(text: str) -> bool:
@@ -291,7 +320,9 @@ def _levels(values: Column, where: str) -> tuple[NDArray[np.int64], tuple[str, .
     """`(N,)` int64 index of each value, and the names of the sorted values."""
     _refuse_missing(values, where)
     levels, index = np.unique(values.astype(str) if values.dtype.kind == "O" else values, return_inverse=True)
-    if levels.dtype.kind == "f" and not np.mod(levels, 1).any():
+    if levels.dtype.kind == "U":
+        _refuse_spellings(levels, where)
+    elif levels.dtype.kind == "f" and not np.mod(levels, 1).any():
         levels = levels.astype(np.int64)
     return index.astype(np.int64), tuple(map(str, levels.tolist()))
 

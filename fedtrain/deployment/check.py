@@ -89,7 +89,9 @@ def preflight(owner: Owner, dial: Dial, dates: tuple[datetime, datetime] | None 
 def _assembled(assembly: Assembly) -> str:
     data, examples = assembly.facts["data"], assembly.facts["num_examples"]
     count = "" if examples is None else f"{examples} examples, "
-    return f"the data can be read ({count}inputs {data['input_shape']}), the model fits them, the policy allows it"
+    named = f": {shorten(', '.join(data['feature_names']), 60)}" if data["feature_names"] else ""
+    kind = f"{count}inputs {data['input_shape']}{named}"
+    return f"the data can be read ({kind}), the model fits them, the policy allows it"
 
 
 def _allowing(policy: Policy | None) -> str:

@@ -156,7 +156,11 @@ class _Attendance:
             except DataError as error:
                 return str(error)
             if why := differences(facts.get("data"), kind):
-                hint = "" if self.data else ": the columns must be the same everywhere, and the classes (data.classes)"
+                hint = (
+                    ""
+                    if self.data
+                    else ": the columns must be the same everywhere, in one order, and the classes (data.classes)"
+                )
                 return Passing(why + hint)
             if self.roster.sizes.get(name, size) != size:
                 return Passing(f"it has {size} examples, and had {self.roster.sizes[name]} when it joined the run")

@@ -19,7 +19,7 @@ from fedtrain.deployment.outbox import Outbox
 from fedtrain.deployment.terms import MODEL_FILES, OWN_DATA, accepted, check_told, describe
 from fedtrain.disk import sha256_of
 from fedtrain.errors import DataError, InputError
-from fedtrain.experiment.partitions import IidPartition
+from fedtrain.experiment.partitions import IidPartition, NaturalPartition
 from fedtrain.experiment.privacy import SamplePrivacy
 from fedtrain.experiment.sections import Experiment, RunSection
 from fedtrain.link.control import Offer
@@ -205,4 +205,11 @@ def _own_data(experiment: Experiment, owner: Owner) -> PartitionedData:
         }
     )
     data = build(alone, None, owner.base, experiment.seed)
+    here = int(data.partition.sizes().sum())
+    if isinstance(section.partition, NaturalPartition) and here < (least := section.partition.min_examples):
+        raise DataError(
+            "these are too few examples to take part",
+            got=str(here),
+            expected=f"at least data.partition.min_examples = {least} of the run",
+        )
     return PartitionedData(data.dataset, replace(data.partition, names=(owner.name,)), alone, experiment.seed)

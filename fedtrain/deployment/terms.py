@@ -28,6 +28,7 @@ MODEL_FILES = "model_files"
 
 _EXPERIMENT = "experiment"
 _MOST_THREADS = 1024
+_LONGEST_NAMES = 200  # characters of the names in which data differ
 
 
 def offer_for(experiment: Experiment, run: str, *, own_data: bool = False, base: Path = Path()) -> Offer:
@@ -143,5 +144,21 @@ def differences(theirs: object, ours: dict[str, Any]) -> str | None:
     """Say in which way a client's data are of another kind; None if they are not."""
     if not isinstance(theirs, dict) or theirs.keys() != ours.keys():
         return "it does not describe its data"
-    odd = [f"{key} {shorten(theirs[key])} and not {shorten(ours[key])}" for key in ours if theirs[key] != ours[key]]
-    return f"its data are of another kind: {'; '.join(odd)}" if odd else None
+    odd = [key for key in ours if theirs[key] != ours[key]]
+    if "feature_names" in odd and "input_shape" in odd:  # the names say more than their number
+        odd.remove("input_shape")
+    told = [f"{key} {_difference(theirs[key], ours[key])}" for key in odd]
+    return f"its data are of another kind: {'; '.join(told)}" if told else None
+
+
+def _difference(theirs: object, ours: object) -> str:
+    """What of two values differs; of two lists of names only what one of them has."""
+    plain = f"{shorten(theirs)} and not {shorten(ours)}"
+    if not (isinstance(theirs, list) and isinstance(ours, list) and theirs and ours):
+        return plain
+    if not all(isinstance(name, str) for name in (*theirs, *ours)):
+        return plain
+    there, here = dict.fromkeys(theirs), dict.fromkeys(ours)
+    parts = {"lack": [n for n in here if n not in there], "have": [n for n in there if n not in here]}
+    told = [f"{verb} {shorten(', '.join(names), _LONGEST_NAMES)}" for verb, names in parts.items() if names]
+    return " and ".join(told) or f"are in another order than {shorten(', '.join(ours), _LONGEST_NAMES)}"

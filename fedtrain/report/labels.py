@@ -167,6 +167,8 @@ def _figures(summary: DataSummary) -> list[str]:
             f"Jensen-Shannon {measured.jensen_shannon:.3f} bits"
         )
         lines.append(f"Labels per client: {measured.labels_per_client:.2f} of {len(summary.label_names)}")
+    if told := summary.told_left_out():
+        lines.append(told)
     return lines
 
 

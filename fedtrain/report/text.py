@@ -179,7 +179,8 @@ def _degree(data: DataSummary) -> str:
     """Words for the size-weighted L1 distance, which runs from 0 to 2."""
     assert data.heterogeneity is not None
     l1 = data.heterogeneity.l1
-    for bound, words in ((0.3, "Nearly even"), (0.7, "Moderately skewed"), (1.2, "Strongly skewed")):
+    bounds = ((0.15, "Nearly even"), (0.4, "Slightly skewed"), (0.7, "Moderately skewed"), (1.2, "Strongly skewed"))
+    for bound, words in bounds:
         if l1 < bound:
             return words
     return "Extremely skewed"

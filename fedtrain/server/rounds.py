@@ -347,7 +347,9 @@ class Server:
             late = f"{len(seen.late)} came late or did not answer"
             first = next((f"{shorten(client)}: {reason}" for client, reason in seen.quarantined.items()), None)
             if first and all(map(looks_diverged, seen.quarantined.values())):
-                first += "; if training diverges, lower training.optimizer.lr: `fedtrain lr-find` suggests one"
+                first += (
+                    "; if training diverges, lower training.optimizer.lr: see `fedtrain lr-find` and `fedtrain check`"
+                )
             raise RunError(
                 f"round {seen.number} has too few valid updates",
                 got=f"{used} of {wanted} clients",

@@ -33,6 +33,8 @@ _STEP = 1e-5  # of the finite difference, over the parameters' norm, in float64
 _AGREES = 1e-4
 _DEAD = 0.5  # share of a layer's units
 _FADES, _EXPLODES = 1e-3, 1e3  # largest over smallest gradient, each over its weights
+_FAR, _SMALL_OUTPUT = 30, 0.1  # of targets from an untrained model's outputs
+_KINDS = {"class": "classes", "tokens": "tokens"}
 _LARGE_STEP, _SMALL_STEP = 0.1, 1e-6  # of a step over its weights
 
 
@@ -170,6 +172,24 @@ def _inputs(patient: _Patient) -> _Verdict:
     if deviation and max(abs(mean), deviation, largest / 100) <= 10:
         return "ok", text
     return "odd", f'{text}; most models want deviations of about 1: data.scaling = "client"'
+
+
+def _targets(patient: _Patient) -> _Verdict:
+    """Numbers far from what an untrained model puts out take it long to reach, or make it diverge."""
+    inputs, targets = patient.batch(_LOOKED_AT)
+    if patient.spec.target != "number":
+        return "ok", f"{len(torch.unique(targets))} of {patient.spec.num_classes} {_KINDS[patient.spec.target]}"
+    mean, deviation = float(targets.mean()), float(targets.std(correction=0))
+    text = f"mean {mean:.4g}, deviation {deviation:.4g}"
+    with torch.no_grad():
+        outputs = patient.model().eval()(inputs)
+    if not isinstance(outputs, Tensor) or outputs.shape != targets.shape:
+        return "ok", text
+    middle, scale = float(outputs.mean()), float(outputs.abs().mean())
+    if max(abs(mean - middle), deviation) <= _FAR * max(scale, _SMALL_OUTPUT):
+        return "ok", text
+    told = f"{text}, and the untrained model puts out about {middle:.2g}"
+    return "odd", f"{told}: set task.options.target_mean and target_std of the regressor, or scale the targets"
 
 
 def _first_loss(patient: _Patient) -> _Verdict:
@@ -342,6 +362,7 @@ def _privacy(patient: _Patient) -> _Verdict:
 
 _CHECKS: dict[str, Callable[[_Patient], _Verdict]] = {
     "inputs": _inputs,
+    "targets": _targets,
     "first loss": _first_loss,
     "gradient": _gradient,
     "reach": _reach,

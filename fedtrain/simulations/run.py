@@ -241,16 +241,15 @@ class _Simulation:
             if self.protection:
                 self.folder.write_privacy(self.protection.summary(self.folder))
             manifest = new_manifest(self.experiment, now)
-        self.folder.write_data(self.data.summary())  # also anew: clients may have joined
+        summary = self.data.summary()
+        self.folder.write_data(summary)  # also anew: clients may have joined
+        if told := summary.told_left_out():
+            self.observer.notice(told)
         self.folder.write_manifest(manifest)
         self._warn_if_nothing_is_held_out()
         section = self.experiment.privacy
-        if (
-            isinstance(section, SamplePrivacy)
-            and self.protection
-            and section.mode not in ("auto", self.protection.mode)
-        ):
-            mode = self.protection.mode
+        mode = self.protection.mode if self.protection else "auto"
+        if isinstance(section, SamplePrivacy) and section.mode not in ("auto", mode):
             self.observer.notice(f'privacy.mode = "{section.mode}" does not cover this model: "{mode}" is used')
         if self.experiment.clients.where:
             fit = int(np.count_nonzero(self.sizes))

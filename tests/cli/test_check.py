@@ -8,6 +8,7 @@ pytest.importorskip("sklearn")
 
 CHECKS = [
     "inputs",
+    "targets",
     "first loss",
     "gradient",
     "reach",

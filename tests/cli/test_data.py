@@ -125,6 +125,23 @@ def test_quality_names_what_is_missing_and_who_is_worst(
     assert "Missing by feature: age 0.8%, job 0.8%." in result.out
 
 
+def test_clients_that_are_too_small_are_named_wherever_the_data_are_told_of(fedtrain: Callable, tmp_path: Path) -> None:
+    sizes = {"north": 12, "south": 10, **{f"w{n}": n for n in range(1, 8)}}
+    lines = [f"{site},{row},{row % 2}\n" for site, size in sizes.items() for row in range(size)]
+    (tmp_path / "table.csv").write_text("site,age,y\n" + "".join(lines))
+    file = tmp_path / "table.toml"
+    partition = 'partition={kind="natural", min_examples=10}'
+    file.write_text(f'rounds=1\n[data]\npath="table.csv"\ntarget="y"\nclient_column="site"\n{partition}\n')
+    told = "fewer examples than data.partition.min_examples: w1 (1), w2 (2), w3 (3), w4 (4), w5 (5) and 2 more"
+    described = " ".join(fedtrain("data", "describe", file).out.split())
+    assert told in described
+    result = fedtrain("simulate", file, "--out", tmp_path / "out", "--set", "run.workers=0")
+    assert f"note: Left out, with {told}" in result.out + result.err
+    assert told in (tmp_path / "out" / "report.html").read_text()
+    assert json.loads((tmp_path / "out" / "data.json").read_text())["left_out"]["w7"] == 7
+    assert "Left out" not in fedtrain("data", "describe", file, "--set", "data.partition.min_examples=1").out
+
+
 def test_describe_as_json(fedtrain: Callable, tiny: Path) -> None:
     result = fedtrain("data", "describe", tiny, "--quality", "--json")
     first, *clients = [json.loads(line) for line in result.out.splitlines()]

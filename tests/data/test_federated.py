@@ -105,6 +105,16 @@ def test_scaling_is_fitted_to_training_rows_only(scaling: str) -> None:
     assert abs(float(data.client("a").test.inputs.mean())) > 1e-3
 
 
+@pytest.mark.parametrize("missing", ["mean", "median", "zero"])
+def test_a_client_that_never_trains_is_scaled_by_its_own_rows(missing: str) -> None:
+    two = table([[1.0, NAN], [3.0, NAN], [10.0, 4.0], [NAN, 8.0], [30.0, 6.0]], [0, 0, 1, 1, 1])
+    data = spread(two, scaling="client", missing=missing, held_out=["b"], **NATURAL)
+    inputs = data.client("b").test.inputs
+    assert inputs.isfinite().all()
+    torch.testing.assert_close(inputs.mean(0)[1], torch.tensor(0.0))
+    assert inputs[1, 0] == {"mean": 0.0, "median": 0.0}.get(missing, inputs[1, 0])
+
+
 def test_incomplete_rows_may_be_dropped_before_they_are_spread(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("x,z,y\n1,,a\n2,5,b\n3,6,a\n")
     section = DataSection(path="t.csv", target="y", clients=1, missing="drop")

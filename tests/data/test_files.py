@@ -78,7 +78,11 @@ def test_target_types(tmp_path: Path, column: list[str], target_type: str, expec
         ("x,x,y\n1,2,a\n", {"target": "y"}, "two columns of one name: got x"),
         ("x,y\n1,a\n1\n", {"target": "y"}, "t.csv cannot be read"),
         ("x,y\n", {"target": "y"}, "no examples"),
-        ("x,y\n2020-01-01,a\n", {"target": "y"}, "column 'x': neither numbers nor texts.*data.drop"),
+        (
+            "x,y\n2020-01-01,a\n",
+            {"target": "y"},
+            "column 'x': neither numbers nor texts: got dates or times.*data.drop",
+        ),
         ("x,y\n1,a\n", {"target": "y", "options": {"delimeter": ";"}}, "Did you mean delimiter"),
         ("x,y\n1,a\n", {"target": "y", "options": {"delimiter": 3}}, "data.options.delimiter"),
         ("x,y\n" + "".join(f"name{i},a\n" for i in range(1001)), {"target": "y"}, "too many different texts.*got 1001"),
@@ -90,21 +94,63 @@ def test_target_types(tmp_path: Path, column: list[str], target_type: str, expec
         (
             "x,y\n" + "".join(f"{i},a\n" for i in range(30)) + "unknown,a\n",
             {"target": "y"},
-            "column 'x', row 31: text in a column of numbers: got unknown.*leave it empty",
+            "column 'x', data row 31: text in a column of numbers: got unknown.*an empty cell.*data.drop",
         ),
         (
             "x,y\n" + "".join(f"1,{i}.5\n" for i in range(30)) + "1,unknown\n",
             {"target": "y"},
-            "column 'y', row 31: text in a column of numbers: got unknown",
+            "column 'y', data row 31: text in a column of numbers: got unknown",
         ),
         ("x,y\n" + "".join(f"1,{i}\n" for i in range(21)), {"target": "y"}, "number or a class: got 21 .*target_type"),
         ("x;y\n1;a\n", {"target": "y"}, 'data.options.delimiter = ";"'),
+        ("x;y\n1,5;a\n", {"target": "y"}, 'cannot be read.*data.options.delimiter = ";"'),
+        (
+            "x;y\n" + "".join(f"17,{i};a\n" for i in range(30)) * 3,
+            {"target": "y", "options": {"delimiter": ";"}},
+            "column 'x', data row 1 and 89 more: text in a column of numbers: got 17,0; expected a number such as",
+        ),
+        (
+            "x,y\n" + "".join(f"1,1.{i:03}.000\n" for i in range(30)) * 3,
+            {"target": "y", "target_type": "number"},
+            "column 'y', data row 1 and 89 more: text in a column of numbers: got 1.000.000",
+        ),
+        ("x,y\n" + "".join(f"1,name {i}\n" for i in range(30)), {"target": "y"}, "30 in 30 rows, such as name 0"),
+        ("x,y\n1,benign\n2,Benign\n", {"target": "y"}, "column 'y': two spellings.*'Benign' and 'benign'"),
+        ("x,y\nyes,a\n'yes ',b\n".replace("'", '"'), {"target": "y"}, "column 'x': two spellings.*'yes' and 'yes '"),
+        ("x,y,c\n1,a,s\n1,b,North\n2,a,north\n", {"target": "y", "client_column": "c"}, "column 'c': two spell"),
     ],
 )
 def test_a_table_that_does_not_fit_is_named(tmp_path: Path, text: str, fields: dict[str, Any], message: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         load(tmp_path, "t.csv", **fields)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x,y\nM\u00fcller,a\n".encode("latin1"), "column 'x'.*got letters that are not in UTF-8.*iconv -f latin1"),
+        ("x,y\n1,a\n".encode("utf-16"), "not text in UTF-8: got UTF-16.*iconv -f utf-16"),
+    ],
+)
+def test_a_file_in_another_encoding_is_to_be_converted(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, "t.csv", target="y")
+
+
+def test_classes_that_are_true_and_false_are_called_so(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("x,flag,y\n1,true,True\n2,,False\n")
+    data = load(tmp_path, "t.csv", target="y")
+    assert data.spec.class_names == ("False", "True")
+    assert data.targets.tolist() == [1, 0]
+    torch.testing.assert_close(data.inputs, torch.tensor([[1.0, 1.0], [2.0, torch.nan]]), equal_nan=True)
+
+
+def test_single_letters_may_differ_in_case(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("x,y\na,E\nA,e\n")
+    data = load(tmp_path, "t.csv", target="y")
+    assert (data.spec.class_names, data.spec.feature_names) == (("E", "e"), ("x=A", "x=a"))
 
 
 def test_codes_that_look_like_numbers_are_categories() -> None:

@@ -91,9 +91,9 @@ def test_encoding_again_gives_what_training_had(numbers: list[float | None], dat
         ("age\n1\n", "lacks a column.*expected colour=blue, or colour with texts such as blue"),
         (
             "age,colour\n1,red\n2,green\n",
-            "column 'colour', row 2: a text .* did not have: got green; expected blue, red",
+            "column 'colour', data row 2: a text .* did not have: got green; expected blue, red",
         ),
-        ("age,colour\n1,red\nold,red\n", "column 'age', row 2: text in a column of numbers: got old"),
+        ("age,colour\n1,red\nold,red\n", "column 'age', data row 2: text in a column of numbers: got old"),
         ("age,colour\n1e39,red\n", "row 1: age is infinite"),
         ("age,colour\n", "new.csv has no rows"),
         ("age,age,colour\n1,2,red\n", "two columns of one name"),

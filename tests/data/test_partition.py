@@ -188,6 +188,7 @@ class TestNatural:
         made = partition({"kind": "natural", "min_examples": 2}, None, rows)
         assert made.names == ("ward a", "ward c")
         assert [made.rows(position).tolist() for position in range(2)] == [[1, 4], [0, 2, 5]]
+        assert made.left_out == {"ward b": 1}
 
     def test_refuses_data_without_names(self):
         with pytest.raises(DataError, match=r"these rows have no names\. Set data\.client_column"):

@@ -49,6 +49,17 @@ def test_a_hospitals_own_file_is_its_share_of_the_pooled_one(tmp_path: Path, exp
             assert torch.equal(theirs.targets, ours.targets)
 
 
+def test_who_has_too_few_examples_takes_no_part(tmp_path: Path, experiment: Experiment) -> None:
+    pytest.importorskip("pyarrow")
+    natural = experiment.data.partition.model_copy(update={"min_examples": 21})
+    data = experiment.data.model_copy(update={"partition": natural})
+    offer = offer_for(experiment.model_copy(update={"data": data}), "0" * 32)
+    north, south = (Owner(name, tmp_path / f"{name}.csv", tmp_path / "home") for name in ("north", "south"))
+    assert assemble(north, offer).facts["num_examples"] == 32
+    with pytest.raises(DataError, match=r"too few .* got 20; expected at least data.partition.min_examples = 21"):
+        assemble(south, offer)
+
+
 def test_a_share_is_taken_by_name(tmp_path: Path, experiment: Experiment) -> None:
     pytest.importorskip("pyarrow")
     offer = offer_for(experiment, "0" * 32)

@@ -94,5 +94,15 @@ def test_data_of_another_kind_are_told_apart() -> None:
     assert (ours["input_shape"], ours["dtype"]) == ([1, 8, 8], "float32")
     assert differences(ours, ours) is None
     assert "input_shape [31] and not [1, 8, 8]" in str(differences({**ours, "input_shape": [31]}, ours))
-    assert "class_names ['x'] and not" in str(differences({**ours, "class_names": ["x"]}, ours))
+    assert "class_names lack 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and have x" in str(
+        differences({**ours, "class_names": ["x"]}, ours)
+    )
+    assert "class_names [1] and not ['0'," in str(differences({**ours, "class_names": [1]}, ours))
+    table = {**ours, "input_shape": [3], "feature_names": ["age", "dose", "ward=A"]}
+    less = {**table, "input_shape": [2], "feature_names": ["dose", "age"]}
+    turned = {**table, "feature_names": ["dose", "age", "ward=A"]}
+    assert differences(less, table) == "its data are of another kind: feature_names lack ward=A"
+    assert differences(turned, table) == (
+        "its data are of another kind: feature_names are in another order than age, dose, ward=A"
+    )
     assert differences(None, ours) == differences({}, ours) == "it does not describe its data"

@@ -223,7 +223,13 @@ def test_numbers_as_targets_are_told_as_ranges(make_run, make_data):
 
 @pytest.mark.parametrize(
     ("l1", "words"),
-    [(0.29, "Nearly even"), (0.3, "Moderately skewed"), (0.7, "Strongly skewed"), (1.2, "Extremely skewed")],
+    [
+        (0.149, "Nearly even"),
+        (0.15, "Slightly skewed"),
+        (0.4, "Moderately skewed"),
+        (0.7, "Strongly skewed"),
+        (1.2, "Extremely skewed"),
+    ],
 )
 def test_skew_has_words(make_run, make_data, l1, words):
     data = make_data()

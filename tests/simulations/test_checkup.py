@@ -14,6 +14,7 @@ from fedtrain.experiment.model import ModelSection
 from fedtrain.experiment.sections import Experiment
 from fedtrain.simulations.checkup import check_up, layers
 from fedtrain.tasks.adapted import experiment_task
+from fedtrain.tasks.dense import Regressor
 from fedtrain.tasks.objectives import Classification
 
 SPEC = DataSpec((8,), "class", 4)
@@ -55,6 +56,7 @@ def test_nothing_is_found_wrong_with_a_good_model() -> None:
     assert {name: verdict for name, (verdict, _) in found.items() if verdict != "ok"} == {}
     assert list(found) == [
         "inputs",
+        "targets",
         "first loss",
         "gradient",
         "reach",
@@ -91,6 +93,22 @@ def immense(model: nn.Sequential) -> None:
 
 def fading(model: nn.Sequential) -> None:
     nn.init.normal_(model[2].weight, std=1e-7)
+
+
+def test_targets_far_from_what_the_model_puts_out_are_odd() -> None:
+    spec, data = DataSpec((8,), "number"), examples()
+
+    def told(targets: Tensor, **options: float) -> tuple[str, str]:
+        task = Regressor(spec, **options)
+        found = check_up(EXPERIMENT, task, spec, Examples(data.inputs, targets))
+        return next((one.verdict, one.text) for one in found if one.name == "targets")
+
+    standard = torch.linspace(-2, 2, 64)
+    assert told(standard)[0] == told(29 + 10 * standard, target_mean=29.0, target_std=10.0)[0] == "ok"
+    verdict, text = told(4e5 + 1e5 * standard)
+    assert (verdict, "task.options.target_mean" in text) == ("odd", True)
+    assert told(29 + standard)[0] == "odd"
+    assert verdict_of("targets", Own()) == ("ok", "4 of 4 classes")
 
 
 @pytest.mark.parametrize(
