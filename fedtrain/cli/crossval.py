@@ -15,7 +15,7 @@ from fedtrain.cli.options import folders
 from fedtrain.cli.sweep import SweepOptions, sweep
 from fedtrain.cli.terminal import say
 from fedtrain.data.federated import build
-from fedtrain.errors import InputError, shorten
+from fedtrain.errors import InputError, RunError, shorten
 from fedtrain.experiment.load import load
 from fedtrain.experiment.schema import inline
 from fedtrain.report.text import show_metric
@@ -81,6 +81,12 @@ def _tell(found: Mapping[str, list[Mapping[str, float]]], parts: str, options: S
     for label, runs in found.items():
         names = dict.fromkeys(name for run in runs for name in run)  # a fold may not define all of them
         metrics = {name: [run[name] for run in runs if name in run] for name in names}
+        if not metrics:
+            raise RunError(
+                "nothing was measured on the held-out examples",
+                got=f"{len(runs)} runs, {shorten(label)}",
+                hint="The notes of the runs say why",
+            )
         if options.as_json:
             typer.echo(json.dumps({"event": "crossval", "label": label, "by": parts, "clients": metrics}))
             continue

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fedtrain.cli.sweep import SweepOptions
+from fedtrain.errors import RunError
 from fedtrain.rundir import RunFolder
 
 pytest.importorskip("sklearn")
@@ -46,6 +48,25 @@ def test_folds_are_run_summed_up_and_not_run_again(fedtrain: Callable, tiny: Pat
     again = fedtrain(*command)
     assert (again.code, again.out) == (0, result.out)
     assert runs(out) == done
+
+
+def test_leaving_each_client_out_scales_it_by_its_own_rows(fedtrain: Callable, tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(
+        'rounds=1\n[data]\nname="breast-cancer"\nclients=3\nscaling="client"\n[training]\nlocal_steps=2\n'
+        '[run]\nworkers=0\ndevice="cpu"\n'
+    )
+    result = fedtrain("crossval", file, "--leave-one-out", "--out", tmp_path / "out", "--quiet")
+    assert (result.code, result.err) == (0, "")
+    assert "of 3 runs over the clients" in " ".join(result.out.split())
+    assert all(map(math.isfinite, measured(tmp_path / "out", "loss")))
+
+
+def test_nothing_measured_is_an_error_and_no_empty_table() -> None:
+    from fedtrain.cli.crossval import _tell
+
+    with pytest.raises(RunError, match="nothing was measured on the held-out examples: got 2 runs"):
+        _tell({"as in the file": [{}, {}]}, "clients", SweepOptions())
 
 
 def test_a_lost_fold_alone_is_run_again(fedtrain: Callable, tiny: Path, tmp_path: Path) -> None:
