@@ -47,13 +47,15 @@ def bytes_by_round(records: Sequence[RoundRecord], target_round: int | None) -> 
     """
     rounds = np.array([r.round_number for r in records], dtype=np.float64)
     moved = np.array([(r.bytes_up, r.bytes_down) for r in records], dtype=np.float64)
+    # The model may be measured before the first round, which moves nothing and is none.
+    first = 1 if len(records) > 1 and not rounds[0] and not moved[0].any() else 0
     charts = []
-    for name, title, values in (("round", "a round", moved), ("total", "in total", np.cumsum(moved, axis=0))):
+    for name, title, values in (("round", "a round", moved[first:]), ("total", "in total", np.cumsum(moved, axis=0))):
         label, values = scaled(values, BYTES, "{}")
         with figure(f"bytes-{name}", (3.5, 2.4)) as (drawing, finish):
             axes = drawing.subplots()
             for column, colour in zip(values.T, _DIRECTIONS):
-                draw_line(axes, rounds, column, (colour, 1.6))
+                draw_line(axes, rounds[-len(column) :], column, (colour, 1.6))
             if name == "total" and target_round is not None:
                 axes.axvline(target_round, color=MUTED, linewidth=0.9, dashes=(4, 3))
             _finish_rounds(axes, f"{label}, {title}")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fedtrain.records import RoundRecord
+from fedtrain.report import charts_costs
 from fedtrain.report.communication import Communication, Traffic, client_traffic
 from fedtrain.report.view import Facts
 
@@ -60,3 +61,15 @@ def test_what_is_not_known_is_none(make_run, make_experiment):
 @pytest.mark.parametrize("records", [[], [RoundRecord(round_number=0)]])
 def test_a_run_that_sent_nothing(make_run, records):
     assert sent(make_run(records=records)) is None
+
+
+@pytest.mark.parametrize(("records", "first"), [(RECORDS, 1.0), (RECORDS[1:], 1.0), (RECORDS[:1], 0.0)])
+def test_what_is_measured_before_the_first_round_is_no_round(monkeypatch, records, first):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    real = charts_costs.draw_line
+    monkeypatch.setattr(charts_costs, "draw_line", lambda axes, x, y, look: (drawn.append(x), real(axes, x, y, look)))
+    charts_costs.bytes_by_round(records, None)
+    up, down, *totals = drawn
+    assert (up[0], down[0], totals[0][0]) == (first, first, records[0].round_number)
+    assert len(totals[0]) == len(records)
