@@ -13,6 +13,7 @@ from PIL import Image
 from fedtrain.data.base import DataSpec
 from fedtrain.data.inputs import NewInputs, read_inputs
 from fedtrain.data.prepare import Moments, Preparation
+from fedtrain.data.readers import delimiter_of
 from fedtrain.data.sources.shakespeare import VOCABULARY, encode_text
 from fedtrain.data.table import Table, Use, encode_features, table_dataset
 from fedtrain.errors import DataError
@@ -109,6 +110,14 @@ def test_rows_that_training_would_have_dropped_or_could_not_scale_are_refused(tm
         read_table(tmp_path, "age,colour\n1,red\n,red\n", missing="drop")
     with pytest.raises(DataError, match="one row alone cannot be scaled"):
         read_table(tmp_path, "age,colour\n1,red\n", scaled_per_client=True)
+
+
+@pytest.mark.parametrize("header", ["\ufeffage;x", '"age";x,y', "\ufeffage;x\r"])
+def test_a_delimiter_is_known_by_the_columns_that_it_gives(tmp_path: Path, header: str) -> None:
+    (tmp_path / "t.csv").write_text(f"{header}\n1;2\n", encoding="utf-8")
+    assert delimiter_of(tmp_path / "t.csv", ",", {"age"}) == ";"
+    assert delimiter_of(tmp_path / "t.csv", ",", {"dose"}) == ","
+    assert delimiter_of(tmp_path / "nowhere.csv", "|", {"age"}) == "|"
 
 
 def test_arrays_are_read_as_training_reads_them(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from fedtrain.deployment.terms import offer_for
 from fedtrain.errors import DataError, InputError, PolicyError
 from fedtrain.experiment.privacy import SamplePrivacy
 from fedtrain.experiment.sections import Experiment
+from fedtrain.link.control import Offer
 
 
 def table(path: Path, rows: list[tuple[str, float, float, str]]) -> Path:
@@ -51,13 +52,16 @@ def test_a_hospitals_own_file_is_its_share_of_the_pooled_one(tmp_path: Path, exp
 
 def test_who_has_too_few_examples_takes_no_part(tmp_path: Path, experiment: Experiment) -> None:
     pytest.importorskip("pyarrow")
-    natural = experiment.data.partition.model_copy(update={"min_examples": 21})
-    data = experiment.data.model_copy(update={"partition": natural})
-    offer = offer_for(experiment.model_copy(update={"data": data}), "0" * 32)
-    north, south = (Owner(name, tmp_path / f"{name}.csv", tmp_path / "home") for name in ("north", "south"))
-    assert assemble(north, offer).facts["num_examples"] == 32
+    south = Owner("south", tmp_path / "south.csv", tmp_path / "home")
+
+    def offered(least: int) -> Offer:
+        natural = experiment.data.partition.model_copy(update={"min_examples": least})
+        data = experiment.data.model_copy(update={"partition": natural})
+        return offer_for(experiment.model_copy(update={"data": data}), "0" * 32)
+
+    assert assemble(south, offered(20)).facts["num_examples"] == 16  # 20 rows, of which a fifth is held out
     with pytest.raises(DataError, match=r"too few .* got 20; expected at least data.partition.min_examples = 21"):
-        assemble(south, offer)
+        assemble(south, offered(21))
 
 
 def test_a_share_is_taken_by_name(tmp_path: Path, experiment: Experiment) -> None:

@@ -108,6 +108,9 @@ def test_flambys_test_set_has_the_published_sizes(data_root: Path) -> None:
     assert data.client_index is not None
     assert torch.bincount(data.client_index).tolist() == [199, 172, 30, 85]
     assert len(data.test_inputs) == 104 + 89 + 16 + 45
+    ill = [int(data.targets[data.client_index == hospital].sum()) for hospital in range(4)]
+    assert ill == [91, 65, 30, 66]  # stratified, but for Switzerland
+    assert data.test_inputs[:, 0].sum() == 13557  # years: these rows and no others
 
 
 def test_official_headers_are_skipped_and_question_marks_are_missing(small_root: Path) -> None:
