@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 __all__ = ["atomic_write", "put_in_place", "sha256_of"]
+
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of file systems that have none
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -31,7 +34,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
             put_in_place(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            if _is_at(file, temporary):  # else it has its name, and what is there is another writer's
+                temporary.unlink(missing_ok=True)
             raise
 
 
@@ -40,10 +44,18 @@ def _opened_alone(path: Path) -> Iterator[BinaryIO]:
     """Open a file, emptied of what a kill may have left, while no other thread or process has it open in this way."""
     while True:
         with open(path, "wb", opener=_without_emptying) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
             if _is_at(file, path):  # it is not, where another writer had the lock and has given the file its name
                 file.truncate()
-                yield file
+                try:
+                    yield file
+                finally:  # a child that was forked meanwhile has the file open, too, and the lock with it
+                    with contextlib.suppress(OSError):
+                        fcntl.flock(file, fcntl.LOCK_UN)
                 return
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedtrain import disk
 from fedtrain.disk import atomic_write
 from fedtrain.errors import RunError, RunFolderError
 from fedtrain.records import RoundRecord
@@ -142,6 +144,35 @@ def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
         list(threads.map(write, contents))
     assert not torn
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_writer_that_fails_once_its_file_has_its_name_leaves_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, begun = tmp_path / "file", tmp_path / ".file.tmp"
+
+    def fail(finished: Path, target: Path) -> None:
+        finished.replace(target)
+        begun.write_bytes(b"of another writer")
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(disk, "put_in_place", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        atomic_write(path, lambda file: file.write(b"new"))
+    assert (path.read_bytes(), begun.read_bytes()) == (b"new", b"of another writer")
+
+
+@pytest.mark.parametrize(("number", "writes"), [(errno.ENOSYS, True), (errno.ENOLCK, True), (errno.EIO, False)])
+def test_a_file_system_without_locks_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, writes: bool
+) -> None:
+    def refuse(_file: object, _operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(disk.fcntl, "flock", refuse)
+    with contextlib.nullcontext() if writes else pytest.raises(OSError, match="Input/output"):
+        atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
+    assert (tmp_path / "file").exists() == writes
 
 
 def test_a_full_disk_is_one_clear_error(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

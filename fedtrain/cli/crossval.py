@@ -75,18 +75,23 @@ def crossval(file: Path, folds: int | None, options: SweepOptions) -> None:
     _tell(found, "clients" if folds is None else "folds", options)
     if found and not options.as_json:
         say(f"Runs: {out}")
+    _refuse_nothing(found)
+
+
+def _refuse_nothing(found: Mapping[str, list[Mapping[str, float]]]) -> None:
+    empty = [label for label, runs in found.items() if not any(runs)]
+    if empty:
+        raise RunError(
+            "nothing was measured on the held-out examples",
+            got=shorten("; ".join(empty)),
+            hint="The notes of the runs say why",
+        )
 
 
 def _tell(found: Mapping[str, list[Mapping[str, float]]], parts: str, options: SweepOptions) -> None:
     for label, runs in found.items():
         names = dict.fromkeys(name for run in runs for name in run)  # a fold may not define all of them
         metrics = {name: [run[name] for run in runs if name in run] for name in names}
-        if not metrics:
-            raise RunError(
-                "nothing was measured on the held-out examples",
-                got=f"{len(runs)} runs, {shorten(label)}",
-                hint="The notes of the runs say why",
-            )
         if options.as_json:
             typer.echo(json.dumps({"event": "crossval", "label": label, "by": parts, "clients": metrics}))
             continue

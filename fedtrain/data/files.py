@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,13 @@ from fedtrain.data.readers import (
     array_inputs,
     arrow_column,
     image_header,
+    likely_delimiter,
     read_csv,
     read_images,
     read_npz,
     read_parquet,
 )
-from fedtrain.data.table import Table, Use, encode_target, table_dataset
+from fedtrain.data.table import Table, Use, encode_clients, encode_target, table_dataset
 from fedtrain.errors import DataError, nearest
 from fedtrain.experiment.sections import DataSection
 
@@ -66,7 +68,12 @@ def _csv(
     path: Path, section: DataSection, *, delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
 ) -> Dataset:
     """Load a CSV file with a header."""
-    return _arrow_dataset(path, section, read_csv(path, delimiter))
+    likely = likely_delimiter(path)
+    hint = f"Set data.options.delimiter = {json.dumps(likely)}" if likely != delimiter else ""
+    columns = read_csv(path, delimiter, hint=hint)
+    if hint and len(columns.column_names) == 1:
+        raise DataError(f"{path.name} has one column", got=columns.column_names[0], expected="several", hint=hint)
+    return _arrow_dataset(path, section, columns)
 
 
 def _parquet(path: Path, section: DataSection) -> Dataset:
@@ -118,10 +125,8 @@ def _npz(
     if test_inputs is not None and test_targets is not None:
         train = _with_test(train, _npz_rows(path, section, arrays[test_inputs], arrays[test_targets]))
     if section.client_column is not None:
-        index, names = encode_target(
-            arrays[section.client_column], "class", f"{path.name}, array {section.client_column!r}"
-        )
-        train = replace(train, client_names=names or (), client_index=torch.from_numpy(index))
+        index, names = encode_clients(arrays[section.client_column], f"{path.name}, array {section.client_column!r}")
+        train = replace(train, client_names=names, client_index=torch.from_numpy(index))
     return train
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ __all__ = [
     "arrow_column",
     "delimiter_of",
     "image_header",
+    "likely_delimiter",
     "read_csv",
     "read_images",
     "read_npy",
@@ -36,13 +36,14 @@ _CONVERT = "Convert the file, such as by: iconv -f {} -t utf-8 FILE > NEW"
 _MISSING_TEXTS = ["", "?", "NA", "N/A", "NaN", "nan", "null", "NULL"]
 
 
-def read_csv(path: Path, delimiter: str, texts: Collection[str] = ()) -> Any:
+def read_csv(path: Path, delimiter: str, texts: Collection[str] = (), hint: str = "") -> Any:
     """Read a CSV file with a header; empty cells and `?`, `NA`, `NaN`, `null` are missing.
 
     Args:
         path: the file.
         delimiter: between its cells.
         texts: columns that are not to be taken for numbers or dates, whatever they hold.
+        hint: what to do if it cannot be read.
 
     Returns:
         A pyarrow.Table.
@@ -56,10 +57,7 @@ def read_csv(path: Path, delimiter: str, texts: Collection[str] = ()) -> Any:
         from pyarrow import csv
     except ImportError as exc:
         raise MissingExtraError("pyarrow", "data", "reading CSV files") from exc
-    header = _header(path)
-    likely = max(_DELIMITERS, key=header.count)
-    is_other = header.count(likely) > header.count(delimiter)
-    hint = f"Set data.options.delimiter = {json.dumps(likely)}" if is_other else ""
+    _header(path)  # refuses other encodings
     parse = csv.ParseOptions(delimiter=delimiter)
     types = dict.fromkeys(texts, pa.string())
     convert = csv.ConvertOptions(null_values=_MISSING_TEXTS, strings_can_be_null=True, column_types=types)
@@ -67,8 +65,6 @@ def read_csv(path: Path, delimiter: str, texts: Collection[str] = ()) -> Any:
         table = csv.read_csv(path, parse_options=parse, convert_options=convert)
     except (pa.ArrowException, OSError) as exc:
         raise _unreadable(path, exc, hint) from exc
-    if hint and len(table.column_names) == 1:
-        raise DataError(f"{path.name} has one column", got=table.column_names[0], expected="several", hint=hint)
     _refuse_twins(path, table.column_names)
     return table
 
@@ -77,26 +73,41 @@ def _header(path: Path) -> str:
     """The first line of a CSV file; "" where there is none.
 
     Raises:
-        DataError: it is not text in UTF-8, but in UTF-16.
+        DataError: it is not text in UTF-8.
     """
     try:
         with path.open("rb") as file:
             line = file.readline(_LONGEST_HEADER)
     except OSError:
         return ""  # who reads all of it says why
-    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path.name} is not text in UTF-8", got="UTF-16", hint=_CONVERT.format("utf-16"))
-    return line.decode(errors="replace")
+    other = "utf-16" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
+    try:
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(line)  # the limit may cut a letter in two
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{path.name} is not text in UTF-8", hint=_CONVERT.format(other)) from exc
 
 
 def delimiter_of(path: Path, asked: str, known: Collection[str]) -> str:
-    """Find what divides a CSV file's cells: what gives most of the known columns, and `asked` unless another does."""
-    header = _header(path).lstrip("\ufeff").strip()
+    """Find what divides a CSV file's cells: what gives most of the known columns, and `asked` unless another does.
+
+    Raises:
+        DataError: the file is not text in UTF-8.
+    """
+    header, names = _header(path), {name.casefold() for name in known}
 
     def found(mark: str) -> int:
-        return len({cell.strip('"') for cell in header.split(mark)}.intersection(known))
+        return len({cell.strip().strip('"').casefold() for cell in header.split(mark)} & names)
 
     return max((asked, *_DELIMITERS), key=found)
+
+
+def likely_delimiter(path: Path) -> str:
+    """The mark that is most frequent in a CSV file's header.
+
+    Raises:
+        DataError: the file is not text in UTF-8.
+    """
+    return max(_DELIMITERS, key=_header(path).count)
 
 
 def read_parquet(path: Path) -> Any:

@@ -17,6 +17,7 @@ from fedtrain.errors import DataError, nearest, shorten
 __all__ = [
     "Table",
     "Use",
+    "encode_clients",
     "encode_features",
     "encode_target",
     "feature_columns",
@@ -29,9 +30,10 @@ TargetType = Literal["auto", "class", "number"]
 
 # One-hot columns of one text column, and classes that whole numbers are taken for unless the user says so.
 _MOST_LEVELS, _MOST_CLASSES = 1000, 100
+_SHORT = 2  # letters of codes in which case may tell
 _FEW = 20  # different values that are few in any table
-_STRAYS = 0.1  # share of a column's different values that may be texts for the others to be meant as numbers
-_NUMBER = re.compile(r"\s*[-+]?\d[\d.,'\s]*%?\s*")  # as people write one
+_MANY, _STRAYS = 50, 0.1  # different values that are many, and which share of them may be texts among numbers
+_NUMBER = re.compile(r"\s*[-+]?\d+([.,'\s]\d{3})*([.,]\d+)?\s*(%\s*)?")  # as people write one
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def table_dataset(table: Table, use: Use) -> Dataset:
     client_names: tuple[str, ...] = ()
     client_index = None
     if use.client_column is not None:
-        index, client_names = _levels(table.columns[use.client_column], f"{table.name}, column {use.client_column!r}")
+        where = f"{table.name}, column {use.client_column!r}"
+        index, client_names = encode_clients(table.columns[use.client_column], where)
         client_index = torch.from_numpy(index)
     spec = DataSpec(
         input_shape=(inputs.shape[1],),
@@ -129,10 +132,11 @@ def encode_target(values: Column, target_type: TargetType, where: str) -> tuple[
     Raises:
         DataError: a target is missing, texts are to be numbers or are among many, or it may be either.
     """
-    is_text = values.dtype.kind in "OUS"
+    values = _decoded(values, where)
+    is_text = values.dtype.kind in "OU"
     if target_type == "number" and is_text:
         if _meant_as_numbers(np.unique(values[~_missing(values)].astype(str)).tolist()):
-            _numbers(values.astype(object), where)
+            raise _text_among_numbers(values, where)
         raise DataError(f"{where}: the target is text", expected="numbers", hint='Set data.target_type = "class"')
     fractions = values.dtype.kind == "f" and bool(np.any(np.mod(values, 1) > 0))
     if target_type == "number" or (target_type == "auto" and fractions):
@@ -149,14 +153,28 @@ def encode_target(values: Column, target_type: TargetType, where: str) -> tuple[
     elif target_type == "auto":
         levels = np.unique(values[~_missing(values)].astype(str))
         if _meant_as_numbers(levels.tolist()):
-            _numbers(values.astype(object), where, 'If these are classes, set data.target_type = "class"')
+            raise _text_among_numbers(values, where, 'If these are classes, set data.target_type = "class"')
         if _too_many(len(levels), len(values), _MOST_LEVELS):
             raise DataError(
                 f"{where}: too many different texts to be classes",
                 got=f"{len(levels)} in {len(values)} rows, such as {_some(levels)}",
                 hint='If they are, set data.target_type = "class"',
             )
-    return _levels(values, where)
+    index, names = _levels(values, where)
+    if is_text:
+        _refuse_spellings(names, where)
+    return index, names
+
+
+def encode_clients(values: Column, where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Encode a column that names clients: `(N,)` int64, and the sorted names. Case may tell two apart, blanks not.
+
+    Raises:
+        DataError: a name is missing, or two differ in blanks around them alone.
+    """
+    index, names = _levels(_decoded(values, where), where)
+    _refuse_spellings(names, where, by_case=False)
+    return index, names
 
 
 def text_columns(feature_names: Sequence[str]) -> set[str]:
@@ -222,21 +240,26 @@ def _before_equals(name: str) -> list[str]:
     return [name[:position] for position, char in enumerate(name) if char == "="]
 
 
-def _numbers(values: Column, where: str, hint: str = "") -> NDArray[np.float32]:
-    """`(N, 1)`; texts are parsed, and the first that is no number is named."""
+def _numbers(values: Column, where: str) -> NDArray[np.float32]:
+    """`(N, 1)`; texts are parsed."""
     if values.dtype.kind == "O":
-        wrong = [row for row, text in enumerate(values) if text is not None and not _is_number(text)]
-        if wrong:
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise DataError(
-                f"{where}, data row {wrong[0] + 1}{more}: text in a column of numbers",
-                got=values[wrong[0]],
-                expected="a number such as 1234.5, or an empty cell if it is not known",
-                hint=hint,
-            )
+        if not all(text is None or _is_number(text) for text in values):
+            raise _text_among_numbers(values, where)
         values = np.array([np.nan if text is None else float(text) for text in values])
     with np.errstate(over="ignore"):  # what is too large becomes inf, which the checks of inputs name
         return values.astype(np.float32)[:, None]
+
+
+def _text_among_numbers(values: Column, where: str, hint: str = "") -> DataError:
+    """Name the first text that is no number; there is one."""
+    wrong = [row for row, text in enumerate(values) if text is not None and not _is_number(text)]
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return DataError(
+        f"{where}, data row {wrong[0] + 1}{more}: text in a column of numbers",
+        got=str(values[wrong[0]]),
+        expected="a number such as 1234.5, or an empty cell if it is not known",
+        hint=hint,
+    )
 
 
 def _one_hot(values: Column, levels: Sequence[str], where: str) -> NDArray[np.float32]:
@@ -264,9 +287,8 @@ def _encode(table: str, name: str, values: Column) -> tuple[list[str], NDArray[n
     missing = _missing(values)
     levels = np.unique(values[~missing].astype(str))
     if _meant_as_numbers(levels.tolist()):
-        return [name], _numbers(
-            values, f"{table}, column {name!r}", "If these are no numbers at all, add the column to data.drop"
-        )
+        hint = "If these are names, add the column to data.drop; if they are codes, write a letter before each"
+        raise _text_among_numbers(values, f"{table}, column {name!r}", hint)
     if _too_many(len(levels), len(values), _MOST_LEVELS):
         raise DataError(
             f"{table}, column {name!r}: too many different texts to be categories",
@@ -274,22 +296,30 @@ def _encode(table: str, name: str, values: Column) -> tuple[list[str], NDArray[n
             expected=f"at most {_MOST_LEVELS}, and at most {_FEW} or one for two rows",
             hint="Add it to data.drop, or name it as data.client_column; if it is of numbers, write them as such",
         )
-    _refuse_spellings(levels, f"{table}, column {name!r}")
+    _refuse_spellings(levels.tolist(), f"{table}, column {name!r}")
     return [f"{name}={level}" for level in levels], _one_hot(values, levels.tolist(), f"{table}, column {name!r}")
 
 
-def _refuse_spellings(levels: NDArray[np.str_], where: str) -> None:
-    """Refuse texts that differ only in case or in blanks around them: single letters may."""
+def _refuse_spellings(levels: Sequence[str], where: str, by_case: bool = True) -> None:
+    """Refuse texts that differ in blanks around them alone, or in case: AA, Aa and aa, of two letters, may."""
     seen: dict[str, str] = {}
-    for level in map(str, levels):
+    for level in levels:
         bare = level.strip()
-        known = seen.setdefault(bare if len(bare) == 1 else bare.casefold(), level)
+        known = seen.setdefault(bare.casefold() if by_case and len(bare) > _SHORT else bare, level)
         if known != level:
             raise DataError(
                 f"{where}: two spellings of what seems one text",
                 got=f"{known!r} and {level!r}",
                 hint="Write it in one way",
             )
+
+
+def _decoded(values: Column, where: str) -> Column:
+    """Bytes as texts."""
+    try:
+        return np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{where}: bytes that are not text in UTF-8", hint="Save it as texts") from exc
 
 
 def _some(levels: NDArray[np.str_]) -> str:
@@ -300,7 +330,7 @@ def _meant_as_numbers(levels: Sequence[str]) -> bool:
     """Whether a column's different texts are many numbers, as 17.5 or as 17,5 or 17 %, and a few others."""
     unread = [level for level in levels if not _is_number(level)]
     strays = sum(_NUMBER.fullmatch(level) is None for level in unread)
-    return len(levels) > _FEW and bool(unread) and strays <= len(levels) * _STRAYS
+    return bool(unread) and len(levels) > (_MANY if strays else _FEW) and strays <= len(levels) * _STRAYS
 
 
 def _is_number(text: str) -> bool:
@@ -320,9 +350,7 @@ def _levels(values: Column, where: str) -> tuple[NDArray[np.int64], tuple[str, .
     """`(N,)` int64 index of each value, and the names of the sorted values."""
     _refuse_missing(values, where)
     levels, index = np.unique(values.astype(str) if values.dtype.kind == "O" else values, return_inverse=True)
-    if levels.dtype.kind == "U":
-        _refuse_spellings(levels, where)
-    elif levels.dtype.kind == "f" and not np.mod(levels, 1).any():
+    if levels.dtype.kind == "f" and not np.mod(levels, 1).any():
         levels = levels.astype(np.int64)
     return index.astype(np.int64), tuple(map(str, levels.tolist()))
 

@@ -183,9 +183,9 @@ def _targets(patient: _Patient) -> _Verdict:
     text = f"mean {mean:.4g}, deviation {deviation:.4g}"
     with torch.no_grad():
         outputs = patient.model().eval()(inputs)
-    if not isinstance(outputs, Tensor) or outputs.shape != targets.shape:
-        return "ok", text
-    middle, scale = float(outputs.mean()), float(outputs.abs().mean())
+    if not isinstance(outputs, Tensor) or outputs.shape != targets.shape or not outputs.isfinite().all():
+        return "ok", text  # of infinite outputs the first loss tells
+    middle, scale = float(outputs.mean()), float(outputs.std(correction=0))
     if max(abs(mean - middle), deviation) <= _FAR * max(scale, _SMALL_OUTPUT):
         return "ok", text
     told = f"{text}, and the untrained model puts out about {middle:.2g}"

@@ -9,6 +9,8 @@ from fedtrain.trackers.base import TrackedRun, now
 
 __all__ = ["TensorBoard"]
 
+_PREFIX = "events.out.tfevents."
+
 
 class TensorBoard:
     """Writes one event file per start of the run; see `Tracker`.
@@ -26,8 +28,9 @@ class TensorBoard:
         folder = run.folder / "tensorboard"
         folder.mkdir(exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names, and a clock may have been set back.
-        number = sum(1 for _ in folder.iterdir())
-        self._records = RecordWriter((folder / f"events.out.tfevents.{number:06}").open("xb"))
+        numbers = [path.name.removeprefix(_PREFIX) for path in folder.iterdir()]
+        number = 1 + max((int(text) for text in numbers if text.isdecimal()), default=0)
+        self._records = RecordWriter((folder / f"{_PREFIX}{number:06}").open("xb"))
         self._next_round = -1
         self._write(file_version="brain.Event:2")
 

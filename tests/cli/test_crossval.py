@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtrain.cli.sweep import SweepOptions
+from fedtrain.cli.crossval import _refuse_nothing
 from fedtrain.errors import RunError
 from fedtrain.rundir import RunFolder
 
@@ -63,10 +63,10 @@ def test_leaving_each_client_out_scales_it_by_its_own_rows(fedtrain: Callable, t
 
 
 def test_nothing_measured_is_an_error_and_no_empty_table() -> None:
-    from fedtrain.cli.crossval import _tell
-
-    with pytest.raises(RunError, match="nothing was measured on the held-out examples: got 2 runs"):
-        _tell({"as in the file": [{}, {}]}, "clients", SweepOptions())
+    some = [{"loss": 1.0}, {}]
+    _refuse_nothing({"lr = 1": some})
+    with pytest.raises(RunError, match="nothing was measured on the held-out examples: got lr = 2; lr = 3"):
+        _refuse_nothing({"lr = 1": some, "lr = 2": [{}, {}], "lr = 3": [{}]})
 
 
 def test_a_lost_fold_alone_is_run_again(fedtrain: Callable, tiny: Path, tmp_path: Path) -> None:

@@ -92,14 +92,14 @@ def test_target_types(tmp_path: Path, column: list[str], target_type: str, expec
             "21 in 21 rows, such as note 0",
         ),
         (
-            "x,y\n" + "".join(f"{i},a\n" for i in range(30)) + "unknown,a\n",
+            "x,y\n" + "".join(f"{i},a\n" for i in range(50)) + "unknown,a\n",
             {"target": "y"},
-            "column 'x', data row 31: text in a column of numbers: got unknown.*an empty cell.*data.drop",
+            "column 'x', data row 51: text in a column of numbers: got unknown.*an empty cell.*data.drop",
         ),
         (
-            "x,y\n" + "".join(f"1,{i}.5\n" for i in range(30)) + "1,unknown\n",
+            "x,y\n" + "".join(f"1,{i}.5\n" for i in range(50)) + "1,unknown\n",
             {"target": "y"},
-            "column 'y', data row 31: text in a column of numbers: got unknown",
+            "column 'y', data row 51: text in a column of numbers: got unknown.*data.target_type = .class",
         ),
         ("x,y\n" + "".join(f"1,{i}\n" for i in range(21)), {"target": "y"}, "number or a class: got 21 .*target_type"),
         ("x;y\n1;a\n", {"target": "y"}, 'data.options.delimiter = ";"'),
@@ -117,7 +117,7 @@ def test_target_types(tmp_path: Path, column: list[str], target_type: str, expec
         ("x,y\n" + "".join(f"1,name {i}\n" for i in range(30)), {"target": "y"}, "30 in 30 rows, such as name 0"),
         ("x,y\n1,benign\n2,Benign\n", {"target": "y"}, "column 'y': two spellings.*'Benign' and 'benign'"),
         ("x,y\nyes,a\n'yes ',b\n".replace("'", '"'), {"target": "y"}, "column 'x': two spellings.*'yes' and 'yes '"),
-        ("x,y,c\n1,a,s\n1,b,North\n2,a,north\n", {"target": "y", "client_column": "c"}, "column 'c': two spell"),
+        ("x,y,c\n1,a,s\n1,b,n\n2,a,n \n", {"target": "y", "client_column": "c"}, "column 'c': two spellings"),
     ],
 )
 def test_a_table_that_does_not_fit_is_named(tmp_path: Path, text: str, fields: dict[str, Any], message: str) -> None:
@@ -130,7 +130,8 @@ def test_a_table_that_does_not_fit_is_named(tmp_path: Path, text: str, fields: d
     ("content", "message"),
     [
         ("x,y\nM\u00fcller,a\n".encode("latin1"), "column 'x'.*got letters that are not in UTF-8.*iconv -f latin1"),
-        ("x,y\n1,a\n".encode("utf-16"), "not text in UTF-8: got UTF-16.*iconv -f utf-16"),
+        ("x,y\n1,a\n".encode("utf-16"), "not text in UTF-8.*iconv -f utf-16"),
+        ("gr\u00f6\u00dfe,y\n1,a\n".encode("latin1"), "not text in UTF-8.*iconv -f latin1"),
     ],
 )
 def test_a_file_in_another_encoding_is_to_be_converted(tmp_path: Path, content: bytes, message: str) -> None:
@@ -147,19 +148,44 @@ def test_classes_that_are_true_and_false_are_called_so(tmp_path: Path) -> None:
     torch.testing.assert_close(data.inputs, torch.tensor([[1.0, 1.0], [2.0, torch.nan]]), equal_nan=True)
 
 
-def test_single_letters_may_differ_in_case(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("x,y\na,E\nA,e\n")
-    data = load(tmp_path, "t.csv", target="y")
-    assert (data.spec.class_names, data.spec.feature_names) == (("E", "e"), ("x=A", "x=a"))
+def test_case_may_tell_short_codes_and_clients_apart(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("gene,client,y\nAA,aB3,E\nAa,ab3,e\naa,ab3,e\n")
+    data = load(tmp_path, "t.csv", target="y", client_column="client")
+    assert (data.spec.class_names, data.client_names) == (("E", "e"), ("aB3", "ab3"))
+    assert data.spec.feature_names == ("gene=AA", "gene=Aa", "gene=aa")
 
 
-def test_codes_that_look_like_numbers_are_categories() -> None:
-    few = [*map(str, range(12)), "12+"] * 3  # as many numbers as a count has
-    codes = [f"0{i}" for i in range(31)]  # many, and all of them written as texts
-    for texts, features in ((few, 13), ([*codes, *codes], 31)):
-        labels = np.array(["a"] * len(texts), dtype=object)
-        table = Table("t", {"x": np.array(texts, dtype=object), "y": labels})
-        assert table_dataset(table, Use("y")).spec.input_shape == (features,)
+@pytest.mark.parametrize(
+    "codes",
+    [
+        [*map(str, range(12)), "12+"],  # a count
+        [*map(str, range(1, 23)), "X", "Y"],  # chromosomes
+        [f"0{i}" for i in range(31)],  # texts all of them
+        [f"10.0.{i}.1" for i in range(31)],
+        [f"{i % 28 + 1}.03.20{i}" for i in range(31)],
+        [*map(str, range(90)), *(f"V{i}" for i in range(20))],
+    ],
+)
+def test_codes_that_look_like_numbers_are_categories(codes: list[str]) -> None:
+    columns = {"x": np.array(codes * 3, dtype=object), "y": np.array(["a"] * len(codes) * 3, dtype=object)}
+    features = table_dataset(Table("t", columns), Use("y")).spec.feature_names
+    assert features == tuple(f"x={code}" for code in sorted(codes))
+
+
+def test_texts_are_classes_where_the_file_says_so(tmp_path: Path) -> None:
+    for cells in ([f"name {i}" for i in range(30)], [*map(str, range(60)), "unknown"]):
+        (tmp_path / "t.csv").write_text("x,y\n" + "".join(f"1,{cell}\n" for cell in cells))
+        assert load(tmp_path, "t.csv", target="y", target_type="class").spec.class_names == tuple(sorted(cells))
+
+
+def test_bytes_are_texts_in_utf_8(tmp_path: Path) -> None:
+    arrays = {"x": np.ones((2, 3)), "y": np.array([b"gut", "sch\u00f6n".encode()]), "c": np.array([b"n", b"s"])}
+    np.savez(tmp_path / "t.npz", **arrays)
+    data = load(tmp_path, "t.npz", target="y", client_column="c")
+    assert (data.spec.class_names, data.client_names) == (("gut", "sch\u00f6n"), ("n", "s"))
+    np.savez(tmp_path / "t.npz", x=np.ones((2, 3)), y=np.array([b"gut", b"sch\xf6n"]))
+    with pytest.raises(DataError, match="array 'y': bytes that are not text in UTF-8"):
+        load(tmp_path, "t.npz", target="y")
 
 
 def test_a_dropped_column_may_be_of_any_kind_and_the_delimiter_any(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_bad_values_name_their_field(tiny: Path, override: str, message: str) ->
 
 
 def test_a_goal_of_an_error_may_be_any_number(tiny: Path) -> None:
+    assert load(tiny, ('evaluation={target_metric="accuracy", target_value=1.0}',)).evaluation.target_value == 1
     section = load(tiny, ('evaluation={target_metric="mae", target_value=90}',)).evaluation
     assert section.target_value == 90
 

@@ -108,6 +108,8 @@ def test_targets_far_from_what_the_model_puts_out_are_odd() -> None:
     verdict, text = told(4e5 + 1e5 * standard)
     assert (verdict, "task.options.target_mean" in text) == ("odd", True)
     assert told(29 + standard)[0] == "odd"
+    assert told(40 * standard)[0] == "odd"
+    assert told(standard, target_mean=1e4)[0] == "odd"
     assert verdict_of("targets", Own()) == ("ok", "4 of 4 classes")
     found = check_up(EXPERIMENT, Own(), spec, Examples(data.inputs, 4e5 + standard))  # its outputs are no numbers
     assert next(one.verdict for one in found if one.name == "targets") == "ok"

@@ -55,6 +55,10 @@ def test_tensorboard_shows_a_resumed_run_whose_clock_was_set_back(
         feed_rounds("tensorboard", tmp_path, numbers)
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in found.Scalars("central/loss")] == list(range(8))
+    first, *_ = sorted((tmp_path / "tensorboard").iterdir())
+    first.unlink()  # to save room
+    feed_rounds("tensorboard", tmp_path, range(8, 10))
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
 def test_tensorboard_follows_a_run_that_goes_back_in_the_same_process(tmp_path: Path) -> None:
