@@ -206,7 +206,9 @@ class ClientsJoinedError(InterruptedRunError):
 def nearest(name: object, known: Iterable[str], otherwise: str | None = None) -> str:
     """Hint at the known name that was meant; if none is near say `otherwise`, or list them, the first of many."""
     known = list(known)
-    folded = {one.casefold(): one for one in reversed(known)}
+    folded: dict[str, str] = {}
+    for one in known:
+        folded.setdefault(one.casefold(), one)
     if isinstance(name, str) and name:
         asked = name.casefold()
         close = difflib.get_close_matches(asked, folded, n=1) or [one for one in folded if one.startswith(asked)][:3]

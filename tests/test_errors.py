@@ -23,3 +23,9 @@ def test_a_hint_names_what_was_meant_or_some_of_what_there_is() -> None:
     assert nearest("weight", features, otherwise="Look again") == "Look again"
     assert nearest("", ["a"]) == nearest(1, ["a"]) == "There is: a"
     assert nearest("x", [f"n{i}" for i in range(105)]).endswith("n18, n19 and 85 more")
+
+
+def test_a_hint_goes_by_letters_and_not_by_case():
+    assert nearest("FEDAVG", ["fedprox", "fedavg"]) == "Did you mean fedavg?"
+    assert nearest("AGE", ["Age", "age"]) == "Did you mean Age?"
+    assert nearest("Sex", ["sex=Female", "age"]) == "Did you mean sex=Female?"
