@@ -85,6 +85,11 @@ def main() -> NoReturn:
     except FedtrainError as error:
         say(f"fedtrain: {error}", err=True)
         sys.exit(error.exit_code)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # by click: the reader of our output is gone
+            raise
+        say(f"fedtrain: the experiment's own code ended the program: got sys.exit({error.code!r})", err=True)
+        sys.exit(2)
     except BrokenPipeError:
         # The reader of our output is gone (`| head`); what cannot be flushed must not fail at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

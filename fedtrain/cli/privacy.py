@@ -163,6 +163,8 @@ def _read(folder: Path, epsilon_of: EpsilonOf) -> tuple[list[Book], dict[str, Le
     run = RunFolder(folder)
     promised = run.read_privacy()
     place = folder / promised.ledgers if promised is not None else run.ledgers if run.ledgers.is_dir() else folder
+    if run.manifest.exists() and promised is None:
+        raise InputError("this run protects nobody, and keeps no ledgers", got=folder)
     seeded = promised is not None and promised.seeded
     paths = [] if seeded else ledgers(place)
     if not paths:

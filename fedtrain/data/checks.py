@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_type_hints
 
 import torch
@@ -46,6 +47,7 @@ def check_dataset(dataset: Dataset) -> None:
         DataError: something does not fit, named with the data set.
     """
     name, spec = dataset.name, dataset.spec
+    _check_kinds(dataset)
     if not len(dataset.targets):
         raise DataError(f"{name} has no examples")
     _check_inputs(name, spec.input_shape, dataset.inputs)
@@ -66,6 +68,37 @@ def check_dataset(dataset: Dataset) -> None:
         raise DataError(f"client_names of {name} are not all different")
 
 
+def _check_kinds(dataset: Dataset) -> None:
+    """What an own loader may get wrong where nobody checks types."""
+    name, spec = dataset.name, dataset.spec
+    for field in ("inputs", "targets", "test_inputs", "test_targets", "client_index"):
+        value = getattr(dataset, field)
+        if value is None and field not in ("inputs", "targets"):
+            continue
+        plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or value.requires_grad:
+            raise DataError(
+                f"{field} of {name} is of another kind",
+                got=type(value).__name__ if not isinstance(value, Tensor) else f"a tensor on {value.device}",
+                expected="a dense torch.Tensor on the CPU that requires no gradient",
+            )
+    if spec.target not in ("class", "number", "tokens"):
+        raise DataError(f"the spec's target of {name} is unknown", got=spec.target, expected="class, number or tokens")
+    lists: dict[str, Any] = {
+        "client_names": dataset.client_names,
+        "class_names": spec.class_names,
+        "feature_names": spec.feature_names,
+    }
+    for field, names in lists.items():
+        if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(n, str) for n in names):
+            raise DataError(f"{field} of {name} is of another kind", got=names, expected="a tuple of texts")
+    for field, count in (("class_names", spec.num_classes), ("feature_names", math.prod(spec.input_shape))):
+        if lists[field] and len(lists[field]) != count:
+            raise DataError(
+                f"{field} of {name} does not fit its spec", got=f"{len(lists[field])} names", expected=str(count)
+            )
+
+
 def _check_inputs(name: str, shape: tuple[int, ...], inputs: Tensor) -> None:
     if inputs.shape[1:] != shape or inputs.dtype not in (torch.uint8, torch.float32, torch.int64):
         raise DataError(
@@ -73,6 +106,8 @@ def _check_inputs(name: str, shape: tuple[int, ...], inputs: Tensor) -> None:
             got=f"{inputs.dtype} of shape {tuple(inputs.shape)}",
             expected=f"uint8, float32 or int64 of shape {('N', *shape)}",
         )
+    if inputs.dtype == torch.int64 and inputs.numel() and int(inputs.min()) < 0:
+        raise DataError(f"a token of {name} is below 0", got=int(inputs.min()))
     if inputs.dtype == torch.float32 and torch.isinf(inputs).any():
         column = int(torch.isinf(inputs).flatten(1).any(dim=0).nonzero()[0, 0])
         raise DataError(

@@ -20,6 +20,7 @@ from fedtrain.data.readers import (
     array_inputs,
     arrow_column,
     image_header,
+    images_below,
     likely_delimiter,
     read_csv,
     read_images,
@@ -32,6 +33,7 @@ from fedtrain.experiment.sections import DataSection
 
 __all__ = ["load_path"]
 
+_NO_CLASS = (".", "__MACOSX")  # folders that other programs make
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -183,8 +185,8 @@ def _image_folder(
 ) -> Dataset:
     """Load a folder with one sub-folder of images per class; `size` (side, or [height, width]) resizes them."""
     _refuse_columns(section, path)
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    groups = [sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES) for folder in folders]
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(_NO_CLASS))
+    groups = [images_below(folder) for folder in folders]
     files = [file for group in groups for file in group]
     if not files:
         raise DataError(
@@ -204,7 +206,7 @@ def _image_folder(
                 )
     else:
         height, width = (size, size) if isinstance(size, int) else size
-    grey = grayscale or {"1", "L"}.issuperset(modes)
+    grey = grayscale or all(mode in ("1", "L") or mode.startswith("I") for mode in modes)
     pixels = read_images(files, (1 if grey else 3, height, width))
     targets = torch.repeat_interleave(torch.tensor([len(group) for group in groups]))
     return _images(path, pixels, targets, tuple(folder.name for folder in folders))

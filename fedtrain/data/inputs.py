@@ -16,6 +16,7 @@ from fedtrain.data.readers import (
     arrow_column,
     delimiter_of,
     image_header,
+    images_below,
     read_csv,
     read_images,
     read_npy,
@@ -138,8 +139,7 @@ def _read_images(path: Path, section: DataSection, preparation: Preparation) -> 
     """Read an image, or all images in a folder and below it."""
     names = [path.name]
     if path.is_dir():
-        found = sorted(file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        names = [file.as_posix() for file in found if not any(part.startswith(".") for part in file.parts)]
+        names = [file.relative_to(path).as_posix() for file in images_below(path)]
         if not names:
             raise DataError("no images found", got=path, expected=", ".join(sorted(IMAGE_SUFFIXES)))
     files = [path / name for name in names] if path.is_dir() else [path]

@@ -20,6 +20,7 @@ __all__ = [
     "arrow_column",
     "delimiter_of",
     "image_header",
+    "images_below",
     "likely_delimiter",
     "read_csv",
     "read_images",
@@ -218,6 +219,12 @@ def image_header(file: Path) -> tuple[str, tuple[int, int]]:
     return mode, (height, width)
 
 
+def images_below(folder: Path) -> list[Path]:
+    """All images in a folder and below it, sorted; hidden ones and those in hidden folders are left out."""
+    found = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    return [folder / file for file in found if not any(part.startswith(".") for part in file.parts)]
+
+
 def read_images(files: Sequence[Path], shape: tuple[int, int, int]) -> torch.Tensor:
     """Read images; those of another size are resized.
 
@@ -239,6 +246,11 @@ def read_images(files: Sequence[Path], shape: tuple[int, int, int]) -> torch.Ten
     def decode(image: Any) -> NDArray[np.uint8]:
         from PIL import Image
 
+        if image.mode.startswith(("I", "F")):  # pillow would cut 16 bits off at 255
+            values = np.asarray(image)
+            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                raise ValueError(f"its pixels, from {values.min():g} to {values.max():g}, are not of 8 or 16 bits")
+            image = Image.fromarray((values.astype(np.int64) // 257).astype(np.uint8))
         image = image.convert(mode)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)

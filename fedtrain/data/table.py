@@ -173,6 +173,8 @@ def encode_clients(values: Column, where: str) -> tuple[NDArray[np.int64], tuple
         DataError: a name is missing, or two differ in blanks around them alone.
     """
     index, names = _levels(_decoded(values, where), where)
+    if "" in names:
+        raise DataError(f"{where}: a client without a name", got="''", hint="Name it, or leave its rows out")
     _refuse_spellings(names, where, by_case=False)
     return index, names
 

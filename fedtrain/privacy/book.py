@@ -171,6 +171,8 @@ class Book:
         self._replay(content, head)
         if self._opening is None:
             raise LedgerError("there is no privacy ledger", got=path)
+        if path.name != self.account.path(path.parent).name:  # else an account could begin anew beside it
+            raise self._changed("its name is not that of its client and data")
 
     @property
     def account(self) -> Account:

@@ -103,9 +103,7 @@ class PrivateGradients:
         expected_batch = charge.sample_rate * len(inputs)
         if not expected_batch:
             raise RunError("DP-SGD has nothing to sample", got=f"sample rate {charge.sample_rate} of {len(inputs)}")
-        if not self._tried:
-            try_engine(self._engine, self._subject, inputs, targets)
-            self._tried = True
+        self.try_once(inputs, targets)
         std = charge.noise_multiplier * self._section.max_grad_norm
         for _ in range(charge.steps):
             rows = noise.poisson_mask(len(inputs), charge.sample_rate).nonzero()[:, 0].to(inputs.device)
@@ -113,6 +111,16 @@ class PrivateGradients:
             noised = [noise.add_noise(total, std) for total in sums]
             torch._foreach_div_(noised, expected_batch)
             yield noised
+
+    def try_once(self, inputs: Tensor, targets: Tensor) -> None:
+        """Try the model on random examples of these shapes and dtypes, unless that was done before.
+
+        Raises:
+            TaskError: DP-SGD cannot take it.
+        """
+        if not self._tried:
+            try_engine(self._engine, self._subject, inputs, targets)
+            self._tried = True
 
     def _clipped_sum(self, inputs: Tensor, targets: Tensor, augment: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
         total: list[Tensor] | None = None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedtrain.client.budget import Budget
 from fedtrain.data.federated import PartitionedData
@@ -148,6 +148,15 @@ class Protection:
         return [plan.charge(size) for size in np.unique(self.sizes[self.sizes > 0]).tolist()]
 
 
+def _shapes(data: PartitionedData) -> tuple[Tensor, Tensor]:
+    """An example without content, inputs and target, as the model gets them."""
+    spec = data.spec
+    inputs = torch.empty((1, *spec.input_shape), dtype=torch.int64 if data.preparation.dtype == "int64" else None)
+    if spec.target == "tokens":
+        return inputs, torch.empty_like(inputs)
+    return inputs, torch.empty(1, dtype=torch.float32 if spec.target == "number" else torch.int64)
+
+
 def protection(
     experiment: Experiment,
     places: tuple[Path, RunFolder],
@@ -181,7 +190,9 @@ def protection(
     mode = ""
     if isinstance(section, SamplePrivacy):
         trained = [p for p in model.parameters() if p.requires_grad]
-        mode = PrivateGradients(model, task.loss, trained, section).mode
+        gradients = PrivateGradients(model, task.loss, trained, section)
+        gradients.try_once(*_shapes(data))  # what DP-SGD cannot take is refused before anything is spent on it
+        mode = gradients.mode
     elif unclipped := exchanged(model).keys() & dict(model.named_buffers()).keys():
         raise TaskError(
             "the model has buffers that training changes, and no clipping is meant for them",

@@ -122,6 +122,10 @@ def check_task(task: Task, examples: Examples) -> None:
                 if difficulty := getattr(task, "difficulty", None):
                     values["training.curriculum.score"] = difficulty(examples.inputs, examples.targets)
                 for name, metric in task.metrics().items():
+                    if not isinstance(name, str) or name == "loss":
+                        raise TaskError(
+                            "a metric of the task has a wrong name", got=repr(name), expected='a text other than "loss"'
+                        )
                     values[f"metric {name!r}"] = metric(outputs, examples.targets)
         except FedtrainError:
             raise

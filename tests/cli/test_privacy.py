@@ -1,7 +1,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fedtrain.cli.privacy import app
+from fedtrain.errors import InputError
 from fedtrain.experiment import load
 from fedtrain.privacy.accounting import Spend, epsilon
 from fedtrain.privacy.book import Account
@@ -208,6 +209,22 @@ def test_verify_tells_of_a_crash(folder: Path) -> None:
         file.write(b'{"previ')
     assert "note: a crash came before the last entry was whole" in run("verify", folder).output
     assert found("verify", folder)["ok"][1]["notes"] != []
+
+
+def test_a_ledger_under_another_name_is_no_ledger_of_its_account(folder: Path) -> None:
+    path = Account("north", "f" * 64, "sample").path(folder)
+    for kind in (".jsonl", ".head"):
+        path.with_suffix(kind).rename(folder / f"sample-{'0' * 32}{kind}")
+    result = run("verify", folder)
+    assert result.exit_code == 1
+    assert "its name is not that of its client and data" in " ".join(result.output.split())
+
+
+def test_a_run_without_privacy_has_no_ledgers_to_show(folder: Path, simulated: Callable, tiny: Path) -> None:
+    out, _ = simulated(tiny, "out", "rounds=1")
+    for command in ("status", "verify"):
+        with pytest.raises(InputError, match="this run protects nobody, and keeps no ledgers"):
+            CliRunner().invoke(app, [command, str(out)], catch_exceptions=False)
 
 
 def test_a_damaged_ledger_is_named_and_the_others_are_shown(folder: Path) -> None:

@@ -80,6 +80,16 @@ def test_a_run_whose_reader_is_gone_is_interrupted_and_goes_on(fedtrain: Callabl
     assert fedtrain("simulate", tiny, "--out", out, "--quiet").code == 0
 
 
+def test_code_that_ends_the_program_is_named(fedtrain: Callable, tiny: Path, tmp_path: Path) -> None:
+    tiny.with_name("own.py").write_text(
+        "import sys\nfrom fedtrain.tasks.dense import Logistic\n\n"
+        "class Own(Logistic):\n    def model(self):\n        sys.exit(0)\n"
+    )
+    result = fedtrain("simulate", tiny, "--out", tmp_path / "out", "--set", 'task={name="own.py:Own"}')
+    assert (result.code, result.err) == (2, "fedtrain: the experiment's own code ended the program: got sys.exit(0)\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_complete_run_is_left_as_it_is(fedtrain: Callable, tiny: Path, finished: Path) -> None:
     before = contents(finished)
     result = fedtrain("simulate", tiny, "--out", finished)
@@ -159,9 +169,9 @@ def test_a_wrong_command_line_is_exit_code_2(fedtrain: Callable, arguments: list
 
 def test_workers_begin_to_import_before_the_command_imports_torch(tiny: Path, tmp_path: Path) -> None:
     code = f"""
-import sys
+import os, sys
 from fedtrain.simulations import forkserver
-forkserver.start_importing = lambda experiment: sys.exit("torch" in sys.modules)
+forkserver.start_importing = lambda experiment: os._exit("torch" in sys.modules)
 sys.argv = ["fedtrain", "simulate", {str(tiny)!r}]
 from fedtrain.cli import main
 main()

@@ -178,6 +178,15 @@ def test_texts_are_classes_where_the_file_says_so(tmp_path: Path) -> None:
         assert load(tmp_path, "t.csv", target="y", target_type="class").spec.class_names == tuple(sorted(cells))
 
 
+def test_clients_have_names_and_tokens_begin_at_0(tmp_path: Path) -> None:
+    np.savez(tmp_path / "t.npz", x=np.ones((2, 3)), y=np.array([0, 1]), c=np.array(["a", ""]))
+    with pytest.raises(DataError, match="array 'c': a client without a name"):
+        load(tmp_path, "t.npz", target="y", client_column="c")
+    np.savez(tmp_path / "t.npz", x=np.array([[1, -1]]), y=np.array([[0, 1]]))
+    with pytest.raises(DataError, match=r"a token of t.npz is below 0: got -1"):
+        load(tmp_path, "t.npz", target="y")
+
+
 def test_bytes_are_texts_in_utf_8(tmp_path: Path) -> None:
     arrays = {"x": np.ones((2, 3)), "y": np.array([b"gut", "sch\u00f6n".encode()]), "c": np.array([b"n", b"s"])}
     np.savez(tmp_path / "t.npz", **arrays)
@@ -280,6 +289,19 @@ def test_an_image_folder_has_a_class_per_sub_folder(tmp_path: Path) -> None:
     assert data.inputs[:, :, 0, 0].tolist() == [[0, 255, 0], [8, 8, 8], [255, 0, 0]]
     small = load(tmp_path, "pictures", options={"size": [1, 2], "grayscale": True})
     assert small.inputs.shape == (3, 1, 1, 2)
+
+
+def test_images_below_a_class_are_of_it_and_16_bits_keep_their_greys(tmp_path: Path) -> None:
+    for name, value in (("cat/kittens/1.png", 0x8080), ("dog/1.png", 0xFFFF), ("__MACOSX/dog/1.png", 0)):
+        file = tmp_path / "pictures" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((2, 2), value, dtype=np.uint16)).save(file)
+    data = load(tmp_path, "pictures")
+    assert (data.spec.class_names, data.inputs.shape) == (("cat", "dog"), (2, 1, 2, 2))
+    assert data.inputs[:, 0, 0, 0].tolist() == [0x80, 0xFF]
+    Image.fromarray(np.full((2, 2), 0.5, dtype=np.float32)).save(tmp_path / "pictures/cat/2.tif")
+    with pytest.raises(DataError, match=r"its pixels, from 0.5 to 0.5, are not of 8 or 16 bits"):
+        load(tmp_path, "pictures")
 
 
 def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:

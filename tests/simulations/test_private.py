@@ -299,7 +299,7 @@ class Telling(Classification):
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
     def loss(self, outputs, targets):
-        if len(targets) > 4:  # more than the task is tried on
+        if len(targets) > 8:  # more than the task is tried on
             raise ValueError(f"SECRET labels {targets.tolist()}")
         return super().loss(outputs, targets)
 """
@@ -314,6 +314,16 @@ def test_an_error_tells_nothing_of_the_examples_but_in_the_clients_log(
     told = [path for path in (file.parent / "out").rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
     assert not told
     assert "SECRET" in caplog.text
+
+
+def test_a_model_that_dp_sgd_cannot_take_is_refused_before_anything_is_spent(file: Path, simulated: Callable) -> None:
+    text = OWN_TASK.replace("if len(targets) > 8", "if False")
+    text = text.replace("super().loss(outputs, targets)", "super().loss(outputs, targets).mean().expand(len(targets))")
+    (file.parent / "mixing.py").write_text(text)
+    with pytest.raises(TaskError, match="the loss of an example depends on the others"):
+        simulated(file, "out", 'task.name="mixing.py:Telling"', "run.ledgers=ledgers")
+    assert not (file.parent / "out").exists()
+    assert not (file.parent / "ledgers").exists()
 
 
 def test_a_policy_is_not_got_round_by_an_experiment_without_privacy(file: Path, simulated: Callable) -> None:

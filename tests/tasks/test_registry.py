@@ -32,6 +32,14 @@ class Measured(Own):
     def metrics(self):
         return {"bias": lambda outputs, targets: 0.5}
 
+class Renamed(Own):
+    def metrics(self):
+        return {"loss": lambda outputs, targets: outputs[:, 0]}
+
+class Numbered(Own):
+    def metrics(self):
+        return {3: lambda outputs, targets: outputs[:, 0]}
+
 class NoLoss:
     def __init__(self, spec): ...
     def model(self): ...
@@ -122,6 +130,8 @@ def test_a_faulty_own_task_is_one_clear_error(own, name, options, message):
     [
         ("Own", -1, "own.py, line 12: RuntimeError"),
         ("Halved", 2, "the task's loss must give one number per example: got shape (2,) for 3 examples"),
+        ("Renamed", 2, "a metric of the task has a wrong name: got 'loss'; expected a text other than"),
+        ("Numbered", 2, "a metric of the task has a wrong name: got 3"),
         ("Measured", 2, "the task's metric 'bias' must give one number per example: got shape ()"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedtrain.data.base import Dataset
+from fedtrain.data.base import Dataset, DataSpec
+from fedtrain.data.checks import check_dataset
 from fedtrain.data.fetch import OFFICIAL
 from fedtrain.data.sources import SOURCES, load_dataset
 from fedtrain.data.sources.shakespeare import VOCABULARY, encode_text
@@ -283,3 +285,28 @@ def test_real_tables_and_plays(
         assert data.test_inputs is not None
         assert len(data.test_inputs) == 16281
         assert int((~data.inputs.isnan().any(dim=1)).sum()) == 30162
+
+
+X, Y, SPEC = torch.ones(4, 2), torch.tensor([0, 1, 0, 1]), DataSpec((2,), "class", 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inputs": [[1.0, 2.0]]}, "inputs of own is of another kind: got list; expected a dense torch.Tensor"),
+        ({"inputs": X.to_sparse()}, "inputs of own is of another kind: got a tensor on cpu"),
+        ({"inputs": X.clone().requires_grad_()}, "requires no gradient"),
+        ({"inputs": X.to("meta")}, "inputs of own is of another kind: got a tensor on meta"),
+        ({"targets": None}, "targets of own is of another kind: got NoneType"),
+        ({"client_names": None, "client_index": Y}, "client_names of own is of another kind.*a tuple of texts"),
+        ({"client_names": (b"a", b"b"), "client_index": Y}, "client_names of own is of another kind"),
+        ({"spec": replace(SPEC, class_names=("no",))}, "class_names of own does not fit its spec: got 1 names; expec"),
+        ({"spec": replace(SPEC, feature_names=("a",))}, "feature_names of own does not fit its spec.*expected 2"),
+        ({"spec": replace(SPEC, target="clas")}, "the spec's target of own is unknown: got clas"),
+    ],
+)
+def test_what_an_own_loader_gets_wrong_is_named(changes: dict[str, Any], message: str) -> None:
+    fields: dict[str, Any] = {"name": "own", "spec": SPEC, "inputs": X, "targets": Y}
+    check_dataset(Dataset(**fields))
+    with pytest.raises(DataError, match=message):
+        check_dataset(Dataset(**(fields | changes)))
