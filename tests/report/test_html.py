@@ -226,7 +226,8 @@ def test_a_private_run_tells_what_it_spent_on_whom(private_page):
     page = private_page
     for text in (
         "Privacy: epsilon 7.8 at delta 1e-05 (each example, add/remove one, PRV), planned 8",
-        "Epsilon spent at most by any client, as the server counts it: 7.8 after 40 of 40 rounds; planned for the whole run: 8.",
+        "Epsilon spent at most by any client, as the server counts it: 7.8 after 40 of 40 rounds; "
+        "planned for the whole run: 8.",
         "Over 40 rounds, each example is protected against everybody",
         "Epsilon 7.8 means: ",
         "Noise multiplier0.83 to 1.42, from client to client",
