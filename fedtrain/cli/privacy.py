@@ -43,7 +43,7 @@ def status(
         float | None,
         typer.Option("--delta", help="Of epsilon; the policy's, the run's or 1e-5 unless given.", show_default=False),
     ] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Count by RDP: faster, and some 10 % higher.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Count by RDP: faster, and up to 30 % higher.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what was spent, by client and data set."""

@@ -20,7 +20,7 @@ class _Privacy(Section):
     delta: float = Field(gt=0, lt=1, examples=[1e-5])
     """Chance that the promise of epsilon does not hold; well below one over the number of protected units."""
     accountant: Literal["prv", "rdp"] = "prv"
-    """Who proves epsilon: prv is tight; rdp is faster and some 10 % higher."""
+    """Who proves epsilon: prv is tight; rdp is faster and up to 30 % higher."""
     noise_seed: int | None = Field(default=None, ge=0, examples=[1])
     """Repeatable noise and coins, for experiments on public data alone: what is trained with it is NOT PRIVATE."""
 

@@ -75,7 +75,7 @@ def epsilon(history: Iterable[Spend], delta: float, accountant: Accountant = "pr
     Args:
         history: in any order; equal mechanisms are merged.
         delta: greater than 0 and less than 1.
-        accountant: "prv" is tight, to 0.01; "rdp" is fast and some 10 % higher; "pld" is a second opinion, which needs
+        accountant: "prv" is tight, to 0.01; "rdp" is fast and up to 30 % higher; "pld" is a second opinion, which needs
             the package dp-accounting. Where PRV's numerics cannot answer, or RDP's bound is lower, RDP's is returned.
 
     References:
